@@ -1,0 +1,200 @@
+/* FlashAttention-Plus: exact attention, the C ABI.
+ *
+ * Notation: batch b, query length sq, key length sk, query heads h, key heads hk (h is a multiple of
+ * hk), head dimension d from 1 to 256. Variable length packs all sequences along one axis: tq
+ * queries, tk keys. The conventions of every number are in docs/numerics.md.
+ *
+ * Every argument struct begins with its own size, so that fields can be added at its end: set
+ * `size = sizeof(struct)` and everything that is not used to zero (`struct x args = {sizeof args}`).
+ *
+ * Every function returns a fap_status. On failure nothing has been computed or written, and
+ * fap_last_error() gives the reason (per thread). No function throws, prints, or keeps state between
+ * calls. All buffers belong to the caller.
+ */
+#ifndef FLASH_ATTN_PLUS_ATTENTION_H_
+#define FLASH_ATTN_PLUS_ATTENTION_H_
+
+#include <stddef.h>
+#include <stdint.h>
+
+#if defined(_WIN32)
+#if defined(FLASH_ATTN_PLUS_BUILD)
+#define FAP_API __declspec(dllexport)
+#else
+#define FAP_API __declspec(dllimport)
+#endif
+#else
+#define FAP_API __attribute__((visibility("default")))
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+typedef enum fap_status {
+  FAP_OK = 0,
+  FAP_ERROR = 1,            /* an argument or the machine does not allow the call */
+  FAP_CONSTRAINT_ERROR = 2, /* a documented constraint on head dimension or head counts is broken */
+} fap_status;
+
+/* Field for field DLPack's DLDevice, DLDataType and DLTensor (version 1): a DLTensor* may be passed
+ * as a fap_tensor*. Strides are in elements; NULL strides mean row-major and compact. */
+typedef struct fap_device {
+  int32_t device_type; /* kDLCPU = 1, kDLCUDA = 2 */
+  int32_t device_id;
+} fap_device;
+
+typedef struct fap_dtype {
+  uint8_t code; /* kDLInt = 0, kDLFloat = 2, kDLBfloat = 4 */
+  uint8_t bits;
+  uint16_t lanes;
+} fap_dtype;
+
+typedef struct fap_tensor {
+  void* data;
+  fap_device device;
+  int32_t ndim;
+  fap_dtype dtype;
+  int64_t* shape;
+  int64_t* strides;
+  uint64_t byte_offset;
+} fap_tensor;
+
+/* Attention forward: dense, variable length (cu_seqlens_q and cu_seqlens_k given) and paged
+ * (block_table given, keys by pages). */
+typedef struct fap_forward_args {
+  size_t size;
+  const fap_tensor* q;           /* (b, sq, h, d) or (tq, h, d); fp32 (CPU), fp16, bf16 */
+  const fap_tensor* k;           /* (b, sk, hk, d), (tk, hk, d) or (pages, page_size, hk, d) */
+  const fap_tensor* v;           /* as k */
+  const fap_tensor* out;         /* as q */
+  const fap_tensor* softmax_lse; /* (b, h, sq) or (h, tq), fp32 */
+  const fap_tensor* s_dmask;     /* (b, h, >= sq, >= sk), dtype of q; needs dropout_p > 0; or NULL */
+  const fap_tensor* cu_seqlens_q; /* (b + 1), int32, or NULL */
+  const fap_tensor* cu_seqlens_k; /* (b + 1), int32, or NULL; with block_table: lengths only */
+  const fap_tensor* seqused_k;    /* (b), int32: keys used of each sequence, or NULL */
+  const fap_tensor* leftpad_k;    /* (b), int32: first valid key of each sequence, or NULL */
+  const fap_tensor* block_table;  /* (b, max pages per sequence), int32, or NULL */
+  const fap_tensor* alibi_slopes; /* (h) or (b, h), fp32, or NULL */
+  const fap_tensor* s_aux;        /* (h), fp32: attention sinks, or NULL */
+  const fap_tensor* rng_state;    /* (2), int64: seed and offset; needed when dropout_p > 0 */
+  int64_t max_seqlen_q;           /* variable length only */
+  int64_t max_seqlen_k;           /* variable length only */
+  double softmax_scale;
+  double softcap;   /* 0: off */
+  double dropout_p; /* in [0, 1) */
+  int64_t window_left;  /* negative: infinite */
+  int64_t window_right; /* negative: infinite; causal makes it 0 at most */
+  int32_t causal;
+  int32_t num_splits;  /* parts into which the keys are split; 0: chosen */
+  int32_t num_threads; /* CPU: at most so many threads; 0: as many as there are cores */
+  void* stream;        /* CUDA: the stream to launch on */
+} fap_forward_args;
+
+/* Attention backward. dq, dk and dv are written whole; nothing is accumulated into them. */
+typedef struct fap_backward_args {
+  size_t size;
+  const fap_tensor* dout; /* as q */
+  const fap_tensor* q;
+  const fap_tensor* k;
+  const fap_tensor* v;
+  const fap_tensor* out;
+  const fap_tensor* softmax_lse;
+  const fap_tensor* dsoftmax_lse; /* gradient of softmax_lse, as softmax_lse, or NULL for zero */
+  const fap_tensor* dq;           /* as q */
+  const fap_tensor* dk;           /* as k */
+  const fap_tensor* dv;           /* as k */
+  const fap_tensor* softmax_d;    /* out: row sums of dout * out - dsoftmax_lse; as softmax_lse */
+  const fap_tensor* ds_aux;       /* out: gradient of s_aux, (h), fp32; given iff s_aux is */
+  const fap_tensor* cu_seqlens_q;
+  const fap_tensor* cu_seqlens_k;
+  const fap_tensor* seqused_k;
+  const fap_tensor* alibi_slopes;
+  const fap_tensor* s_aux;
+  const fap_tensor* rng_state;
+  int64_t max_seqlen_q;
+  int64_t max_seqlen_k;
+  double softmax_scale;
+  double softcap;
+  double dropout_p;
+  int64_t window_left;
+  int64_t window_right;
+  int32_t causal;
+  int32_t deterministic; /* the CPU is always deterministic */
+  int32_t num_threads;
+  void* stream;
+} fap_backward_args;
+
+/* Attention over a cache, which k and v, when given, are appended to first (in place). */
+typedef struct fap_kvcache_args {
+  size_t size;
+  const fap_tensor* q;               /* (b, sq, h, d) */
+  const fap_tensor* k_cache;         /* (bc, sk, hk, d) or (pages, page_size, hk, d) */
+  const fap_tensor* v_cache;         /* as k_cache */
+  const fap_tensor* k;               /* (b, snew, hk, d), or NULL */
+  const fap_tensor* v;               /* as k */
+  const fap_tensor* out;             /* as q */
+  const fap_tensor* softmax_lse;     /* (b, h, sq), fp32 */
+  const fap_tensor* rotary_cos;      /* (>= sk, rotary_dim / 2), dtype of q, or NULL */
+  const fap_tensor* rotary_sin;      /* as rotary_cos */
+  const fap_tensor* cache_seqlens;   /* (b), int32: valid keys before appending, or NULL: all */
+  const fap_tensor* cache_batch_idx; /* (b), int32: row of the cache of each sequence, or NULL */
+  const fap_tensor* cache_leftpad;   /* (b), int32: first valid key, or NULL */
+  const fap_tensor* block_table;     /* (b, max pages per sequence), int32, or NULL */
+  const fap_tensor* alibi_slopes;
+  const fap_tensor* s_aux;
+  double softmax_scale;
+  double softcap;
+  int64_t window_left;
+  int64_t window_right;
+  int32_t causal;
+  int32_t rotary_interleaved; /* 1: pairs (2i, 2i+1), GPT-J; 0: pairs (i, i + rotary_dim/2), NeoX */
+  int32_t num_splits;
+  int32_t num_threads;
+  void* stream;
+} fap_kvcache_args;
+
+/* Rotary position embedding of the first 2 * cos.shape[1] elements of each row; the rest is copied. */
+typedef struct fap_rotary_args {
+  size_t size;
+  const fap_tensor* x;   /* (b, s, h, d), or (t, h, d) with cu_seqlens */
+  const fap_tensor* out; /* as x; may be x itself */
+  const fap_tensor* cos; /* (max position, rotary_dim / 2), dtype of x or fp32 */
+  const fap_tensor* sin; /* as cos */
+  const fap_tensor* seqlen_offsets; /* (b), int32 or int64: position of each first row, or NULL */
+  const fap_tensor* cu_seqlens;     /* (b + 1), int32, or NULL */
+  int64_t seqlen_offset;            /* position of the first row when seqlen_offsets is NULL */
+  int64_t max_seqlen;               /* with cu_seqlens */
+  int32_t interleaved;
+  int32_t conjugate; /* rotate by the negative angle: the gradient */
+  int32_t num_threads;
+  void* stream;
+} fap_rotary_args;
+
+FAP_API fap_status fap_forward(const fap_forward_args* args);
+FAP_API fap_status fap_backward(const fap_backward_args* args);
+FAP_API fap_status fap_kvcache(const fap_kvcache_args* args);
+FAP_API fap_status fap_rotary(const fap_rotary_args* args);
+
+/* Whether a call would be served: everything is checked as by the call itself, nothing is computed.
+ * The reason of a refusal is in fap_last_error(). */
+FAP_API fap_status fap_forward_supports(const fap_forward_args* args);
+FAP_API fap_status fap_backward_supports(const fap_backward_args* args);
+
+/* The message of this thread's last failure; never NULL, valid until this thread's next call. */
+FAP_API const char* fap_last_error(void);
+
+/* Version of the library, e.g. "0.1.0". */
+FAP_API const char* fap_version(void);
+
+/* The instruction set that the CPU kernels use, e.g. "avx512"; and all that this CPU can run, the best
+ * first, separated by commas. FLASH_ATTN_PLUS_CPU_ISA names one to be used instead of the best. NULL,
+ * with the reason in fap_last_error(), when that variable names one that is unknown or cannot run. */
+FAP_API const char* fap_cpu_isa(void);
+FAP_API const char* fap_cpu_isas(void);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif /* FLASH_ATTN_PLUS_ATTENTION_H_ */
