@@ -1,0 +1,154 @@
+# Everything a machine with Python 3.10 or newer and a C++20 compiler needs, from two commands:
+# `make demo` and `make test`. What they install goes into .venv; only GoogleTest, when it is missing,
+# comes from the system's package manager.
+
+PYTHON ?= python3
+# Any requirement of torch works; TORCH= (empty) keeps the one that is in the environment already.
+TORCH ?= torch==2.13.0
+VENV ?= .venv
+JOBS ?= $(shell nproc 2>/dev/null || echo 2)
+CXX ?= c++
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.DELETE_ON_ERROR:
+
+bin := $(abspath $(VENV))/bin
+pip := $(bin)/python -m pip install -q --disable-pip-version-check
+cmake := $(bin)/cmake
+ctest := $(bin)/ctest
+
+python_sources := $(shell find flash_attn -name '*.py' -o -name '*.pyi' -o -name py.typed)
+core_sources := $(shell find include src -type f) CMakeLists.txt
+package_sources := pyproject.toml README.md flash_attn_2_cuda.py $(python_sources) $(core_sources)
+cpp_files := $(shell find include src tests examples -name '*.h' -o -name '*.cpp' -o -name '*.c')
+
+# ---- environment ----------------------------------------------------------------------------------
+
+$(VENV)/.torch:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=...")'
+	test -x $(bin)/python || $(PYTHON) -m venv $(VENV)
+	test -z "$(TORCH)" || $(pip) "$(TORCH)"
+	touch $@
+
+$(VENV)/.tools: $(VENV)/.torch tests/requirements.txt
+	$(pip) -r tests/requirements.txt
+	touch $@
+
+$(VENV)/.examples: $(VENV)/.torch examples/requirements.txt
+	$(pip) -r examples/requirements.txt
+	touch $@
+
+$(VENV)/.package: $(VENV)/.torch $(package_sources)
+	@echo "Installing the package (pip install .)"
+	$(pip) --force-reinstall --no-deps .
+	$(pip) .
+	touch $@
+
+.PHONY: setup
+setup: $(VENV)/.package $(VENV)/.tools $(VENV)/.examples  ## install torch, the package and every tool into .venv
+
+# ---- demo and benchmarks --------------------------------------------------------------------------
+
+.PHONY: demo
+demo: $(VENV)/.package $(VENV)/.examples  ## attention checked and timed, then a language model trained on it
+	$(bin)/python examples/check_and_time.py
+	$(bin)/python examples/language_model.py --plot build/language_model.png
+
+.PHONY: bench
+bench: $(VENV)/.package $(VENV)/.examples  ## the benchmark table beside scaled_dot_product_attention (BENCH= adds options)
+	mkdir -p build
+	$(bin)/python -m flash_attn bench --json build/bench.json --plot build/bench.png $(BENCH)
+
+# ---- build ----------------------------------------------------------------------------------------
+
+cmake_flags := -S . -G Ninja -DCMAKE_MAKE_PROGRAM=$(bin)/ninja -DPython_EXECUTABLE=$(bin)/python \
+	-DFLASH_ATTN_PLUS_WERROR=ON -DFLASH_ATTN_PLUS_TESTS=ON
+
+.PHONY: googletest
+googletest:
+	@echo '#include <gtest/gtest.h>' | $(CXX) -x c++ -E - >/dev/null 2>&1 || { \
+	  echo "Installing GoogleTest"; \
+	  sudo=; [ "$$(id -u)" = 0 ] || sudo="sudo -n"; \
+	  if command -v apt-get >/dev/null; then \
+	    { $$sudo apt-get update -qq && \
+	      $$sudo env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq libgtest-dev >/dev/null; }; \
+	  else false; fi || { \
+	    echo "GoogleTest is missing and could not be installed: install it with your system's package" \
+	         "manager (Debian: libgtest-dev, Fedora: gtest-devel, macOS: brew install googletest)."; \
+	    exit 1; }; }
+
+.PHONY: build
+build: $(VENV)/.tools googletest  ## the core and its tests in build/release, for work on the C++; also into flash_attn/lib
+	$(cmake) -B build/release $(cmake_flags) -DCMAKE_BUILD_TYPE=Release
+	$(cmake) --build build/release -j $(JOBS)
+	$(cmake) --install build/release --component python --prefix . >/dev/null
+
+.PHONY: wheel
+wheel: $(VENV)/.torch  ## one wheel for every Python, in dist/
+	$(bin)/python -m pip wheel -q --disable-pip-version-check --no-deps -w dist .
+	ls -l dist
+
+# ---- tests ----------------------------------------------------------------------------------------
+
+.PHONY: test
+test: lint test-cpp test-sanitizers test-python  ## everything below, as CI runs it
+
+.PHONY: lint
+lint: $(VENV)/.tools  ## formatting and static checks
+	$(bin)/clang-format --dry-run -Werror $(cpp_files)
+	$(bin)/ruff check .
+	$(bin)/ruff format --check .
+
+.PHONY: test-cpp
+test-cpp: build  ## GoogleTest, the symbol check, and a C program against the installed library
+	$(ctest) --test-dir build/release --output-on-failure -j $(JOBS)
+	rm -rf build/prefix
+	$(cmake) --install build/release --prefix build/prefix >/dev/null
+	$(cmake) -S examples/c_api -B build/c_api -G Ninja -DCMAKE_MAKE_PROGRAM=$(bin)/ninja \
+	  -DCMAKE_PREFIX_PATH=$(abspath build/prefix) >/dev/null
+	$(cmake) --build build/c_api
+	build/c_api/attention
+
+# Everything that the fuzz, error and poison tests reach is run under AddressSanitizer and
+# UndefinedBehaviorSanitizer. The interpreter is not built with them, so their runtime is preloaded, and
+# libstdc++ with it, because exceptions are intercepted there.
+sanitizers := -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer
+sanitizer_env = ASAN_OPTIONS=detect_leaks=0:abort_on_error=1 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1
+sanitized_tests := tests/python/test_fuzz.py tests/python/test_errors.py tests/python/test_poison.py
+
+.PHONY: test-sanitizers
+test-sanitizers: $(VENV)/.package $(VENV)/.tools googletest  ## C++ tests and a part of the Python tests under the sanitizers
+	$(cmake) -B build/sanitize $(cmake_flags) -DCMAKE_BUILD_TYPE=RelWithDebInfo \
+	  -DCMAKE_CXX_FLAGS="$(sanitizers)" -DCMAKE_CXX_FLAGS_RELWITHDEBINFO="-O1 -g1"
+	$(cmake) --build build/sanitize -j $(JOBS)
+	$(sanitizer_env) $(ctest) --test-dir build/sanitize --output-on-failure -j $(JOBS)
+	$(sanitizer_env) FLASH_ATTN_PLUS_CORE=$(abspath build/sanitize/lib/_core.so) \
+	  LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+	  $(bin)/pytest -q -p no:cacheprovider -n $(JOBS) $(sanitized_tests)
+
+.PHONY: test-python
+test-python: $(VENV)/.package $(VENV)/.tools  ## the Python suite against the installed package, with coverage
+	$(bin)/pytest -n $(JOBS) --cov=flash_attn --cov-report=term-missing:skip-covered tests/python
+
+# ---- housekeeping ---------------------------------------------------------------------------------
+
+.PHONY: format
+format: $(VENV)/.tools  ## format C++ and Python
+	$(bin)/clang-format -i $(cpp_files)
+	$(bin)/ruff check --fix .
+	$(bin)/ruff format .
+
+.PHONY: clean
+clean:  ## remove what was built; .venv stays (distclean removes it too)
+	rm -rf build dist flash_attn/lib .coverage .pytest_cache .ruff_cache .hypothesis $(VENV)/.package
+
+.PHONY: distclean
+distclean: clean
+	rm -rf $(VENV)
+
+.PHONY: help
+help:  ## this list
+	@sed -nE 's/^([a-z-]+):.*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
