@@ -1,8 +1,8 @@
-// The dropout function: a pure function of (seed, offset, batch, query head, row, column), one and the
-// same on every backend. docs/numerics.md defines it; this header is that definition in C++.
+// The dropout function: a pure function of (seed, offset, batch, query head, row, column), one and
+// the same on every backend. docs/numerics.md defines it; this header is that definition in C++.
 //
-// A Philox-4x32 block of 7 rounds gives four 32-bit words, that is eight 16-bit numbers, for the two
-// rows r, r + 8 and the four columns c, c + 8, c + 16, c + 24: the entries that a thread of a
+// A Philox-4x32 block of 7 rounds gives four 32-bit words, that is eight 16-bit numbers, for the
+// two rows r, r + 8 and the four columns c, c + 8, c + 16, c + 24: the entries that a thread of a
 // tensor-core kernel holds, and eight consecutive columns of a row for a CPU's vector.
 #pragma once
 
@@ -49,8 +49,9 @@ constexpr double kMinDropoutP = 1.0 / (1 << 20);
 inline Dropout make_dropout(double p, uint64_t seed, uint64_t offset) {
   Dropout dropout;
   if (!(p >= kMinDropoutP)) return dropout;
-  const auto block = philox({static_cast<uint32_t>(offset), static_cast<uint32_t>(offset >> 32), 0, 0},
-                            {static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32)});
+  const auto block =
+      philox({static_cast<uint32_t>(offset), static_cast<uint32_t>(offset >> 32), 0, 0},
+             {static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32)});
   dropout.key = {block[0], block[1]};
   dropout.threshold = static_cast<uint32_t>(std::lround((1.0 - p) * 65536.0));
   dropout.scale = static_cast<float>(1.0 / (1.0 - p));

@@ -1,8 +1,8 @@
 // Mask geometry: which keys a query sees, and so which blocks of keys a block of queries needs. The
 // one place where causal and window masks are decided; every backend asks here.
 //
-// Query i sees key j iff i + off - left <= j <= i + off + right with off = seqlen_k - seqlen_q, both
-// ends included, a negative side being infinite. Causal is right = 0.
+// Query i sees key j iff i + off - left <= j <= i + off + right with off = seqlen_k - seqlen_q,
+// both ends included, a negative side being infinite. Causal is right = 0.
 #pragma once
 
 #include <algorithm>
@@ -57,9 +57,8 @@ struct Mask {
     if (keys.empty()) return {0, 0};
     const int64_t begin =
         window_right < 0 ? 0 : std::max<int64_t>(0, keys.begin - offset() - window_right);
-    const int64_t end = window_left < 0
-                            ? seqlen_q
-                            : std::min<int64_t>(seqlen_q, keys.end - offset() + window_left);
+    const int64_t end =
+        window_left < 0 ? seqlen_q : std::min<int64_t>(seqlen_q, keys.end - offset() + window_left);
     return {begin, std::max(begin, end)};
   }
 };

@@ -88,9 +88,9 @@ struct ForwardParams : AttentionParams {
 
 struct BackwardParams : AttentionParams {
   Operand dout;
-  Operand dq, dk, dv;      // written whole: rows of no sequence get 0
-  RowVector dsoftmax_lse;  // data null: zero
-  RowVector softmax_d;     // out: row sums of dout * out, less dsoftmax_lse
+  Operand dq, dk, dv;       // written whole: rows of no sequence get 0
+  RowVector dsoftmax_lse;   // data null: zero
+  RowVector softmax_d;      // out: row sums of dout * out, less dsoftmax_lse
   float* ds_aux = nullptr;  // (h) out; given iff s_aux is
   int64_t ds_aux_stride = 0;
   bool deterministic = false;
@@ -102,8 +102,8 @@ struct AppendParams {
   int64_t batch = 0;
   int64_t num_heads = 0, num_heads_k = 0, head_dim = 0;
   int64_t seqlen_q = 0;
-  int64_t seqlen_new = 0;                 // rows of k and v; 0 when there are none
-  Operand q, q_rotated;                   // q_rotated.data null: q is not rotated
+  int64_t seqlen_new = 0;  // rows of k and v; 0 when there are none
+  Operand q, q_rotated;    // q_rotated.data null: q is not rotated
   Operand k, v, k_cache, v_cache;
   const int32_t* cache_seqlens = nullptr;  // (b) or null: cache_seqlen for all
   int64_t cache_seqlen = 0;
@@ -133,7 +133,7 @@ struct RotaryParams {
   int64_t cos_stride = 0, sin_stride = 0;
   int64_t num_positions = 0;
   int64_t rotary_dim = 0;
-  const int32_t* cu_seqlens = nullptr;       // (b + 1) or null
+  const int32_t* cu_seqlens = nullptr;        // (b + 1) or null
   const int32_t* seqlen_offsets32 = nullptr;  // (b), at most one of the two is given
   const int64_t* seqlen_offsets64 = nullptr;
   int64_t seqlen_offset = 0;

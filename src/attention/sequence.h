@@ -10,7 +10,7 @@
 namespace flash_attn_plus {
 
 struct Sequence {
-  int64_t q_begin = 0;   // first row of q within q.data + batch * q.batch_stride
+  int64_t q_begin = 0;  // first row of q within q.data + batch * q.batch_stride
   int64_t seqlen_q = 0;
   int64_t k_begin = 0;   // first valid row of k, left padding skipped; counted in pages when paged
   int64_t seqlen_k = 0;  // valid keys
@@ -55,7 +55,8 @@ inline int64_t key_row_offset(const ForwardParams& params, const Operand& operan
         params.block_table[batch * params.block_table_stride + row / params.page_size];
     return page * operand.batch_stride + (row % params.page_size) * operand.row_stride;
   }
-  const int64_t cache_row = params.cache_batch_idx != nullptr ? params.cache_batch_idx[batch] : batch;
+  const int64_t cache_row =
+      params.cache_batch_idx != nullptr ? params.cache_batch_idx[batch] : batch;
   return cache_row * operand.batch_stride + row * operand.row_stride;
 }
 

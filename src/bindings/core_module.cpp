@@ -1,0 +1,133 @@
+// The Python binding: DLPack views in, an exception out. The only file that sees apache-tvm-ffi.
+//
+// Every operation takes the fields of its C struct in their order, without `size`; None for a
+// tensor that is not given, the stream as an integer. So the binding of an operation follows from
+// its struct.
+#include <tvm/ffi/tvm_ffi.h>
+
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <utility>
+
+#include "flash_attn_plus/attention.h"
+
+namespace {
+
+using tvm::ffi::AnyView;
+using tvm::ffi::TensorView;
+
+// One argument, which becomes whatever type the field that it initialises has.
+class Field {
+ public:
+  Field(const char* operation, int index, const TVMFFIAny& value, fap_tensor& storage)
+      : operation_(operation),
+        index_(index),
+        value_(AnyView::CopyFromTVMFFIAny(value)),
+        storage_(storage) {}
+
+  operator const fap_tensor*() const {  // NOLINT: implicit
+    if (value_ == nullptr) return nullptr;
+    const TensorView view = get<TensorView>("a tensor or None");
+    storage_ = {view.data_ptr(),
+                {static_cast<int32_t>(view.device().device_type), view.device().device_id},
+                view.ndim(),
+                {view.dtype().code, view.dtype().bits, view.dtype().lanes},
+                const_cast<int64_t*>(view.shape().data()),
+                const_cast<int64_t*>(view.strides().data()),
+                view.byte_offset()};
+    return &storage_;
+  }
+  operator double() const { return get<double>("a number"); }                             // NOLINT
+  operator int64_t() const { return get<int64_t>("an integer"); }                         // NOLINT
+  operator int32_t() const { return static_cast<int32_t>(get<int64_t>("an integer")); }   // NOLINT
+  operator void*() const { return reinterpret_cast<void*>(get<int64_t>("an integer")); }  // NOLINT
+
+ private:
+  template <typename T>
+  T get(const char* expected) const {
+    if (const std::optional<T> value = value_.try_cast<T>()) return *value;
+    throw tvm::ffi::Error("TypeError",
+                          std::string(operation_) + ": argument " + std::to_string(index_) +
+                              " must be " + expected + ", but is " + value_.GetTypeKey(),
+                          "");
+  }
+
+  const char* operation_;
+  int index_;
+  AnyView value_;
+  fap_tensor& storage_;
+};
+
+struct AnyField {
+  template <typename T>
+  operator T() const;  // NOLINT: implicit
+};
+
+// Number of fields of an argument struct after `size`.
+template <typename Args, size_t... I>
+constexpr bool takes(std::index_sequence<I...>) {
+  return requires { Args{size_t{}, (static_cast<void>(I), AnyField{})...}; };
+}
+template <typename Args, size_t N = 1>
+constexpr size_t count_fields() {
+  if constexpr (takes<Args>(std::make_index_sequence<N>{})) {
+    return count_fields<Args, N + 1>();
+  } else {
+    return N - 1;
+  }
+}
+
+template <typename Args, size_t... I>
+fap_status call(const char* operation, fap_status (*function)(const Args*), const TVMFFIAny* values,
+                std::index_sequence<I...>) {
+  fap_tensor storage[sizeof...(I)];
+  const Args args{sizeof(Args), Field(operation, static_cast<int>(I), values[I], storage[I])...};
+  return function(&args);
+}
+
+template <typename Args>
+void invoke(const char* operation, fap_status (*function)(const Args*), const TVMFFIAny* values,
+            int32_t num_values) {
+  constexpr size_t kNumFields = count_fields<Args>();
+  if (num_values != static_cast<int32_t>(kNumFields)) {
+    throw tvm::ffi::Error("TypeError",
+                          std::string(operation) + " takes " + std::to_string(kNumFields) +
+                              " arguments, but got " + std::to_string(num_values),
+                          "");
+  }
+  const fap_status status =
+      call(operation, function, values, std::make_index_sequence<kNumFields>{});
+  if (status == FAP_OK) return;
+  throw tvm::ffi::Error(status == FAP_CONSTRAINT_ERROR ? "ConstraintError" : "RuntimeError",
+                        fap_last_error(), "");
+}
+
+tvm::ffi::String cpu_isa() {
+  const char* name = fap_cpu_isa();
+  if (name == nullptr) throw tvm::ffi::Error("RuntimeError", fap_last_error(), "");
+  return name;
+}
+tvm::ffi::String cpu_isas() { return fap_cpu_isas(); }
+tvm::ffi::String version() { return fap_version(); }
+
+}  // namespace
+
+#define FAP_EXPORT(name, function)                                                   \
+  extern "C" TVM_FFI_DLL_EXPORT int __tvm_ffi_##name(void*, const TVMFFIAny* args,   \
+                                                     int32_t num_args, TVMFFIAny*) { \
+    TVM_FFI_SAFE_CALL_BEGIN();                                                       \
+    invoke(#name, &function, args, num_args);                                        \
+    TVM_FFI_SAFE_CALL_END();                                                         \
+  }
+
+FAP_EXPORT(forward, fap_forward)
+FAP_EXPORT(backward, fap_backward)
+FAP_EXPORT(kvcache, fap_kvcache)
+FAP_EXPORT(rotary, fap_rotary)
+FAP_EXPORT(forward_supports, fap_forward_supports)
+FAP_EXPORT(backward_supports, fap_backward_supports)
+
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(cpu_isa, cpu_isa)
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(cpu_isas, cpu_isas)
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(version, version)

@@ -1,0 +1,148 @@
+#include "cpu/thread_pool.h"
+
+#include <algorithm>
+#include <atomic>
+#include <condition_variable>
+#include <exception>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+#if defined(__linux__)
+#include <sched.h>
+#endif
+#if defined(__unix__) || defined(__APPLE__)
+#include <pthread.h>
+#define FAP_HAS_FORK 1
+#endif
+
+namespace flash_attn_plus::cpu {
+namespace {
+
+struct Job {
+  Job(TaskRef task, int64_t num_tasks, int num_workers)
+      : task(task), num_tasks(num_tasks), num_workers(num_workers) {}
+
+  const TaskRef task;
+  const int64_t num_tasks;
+  const int num_workers;
+  std::atomic<int64_t> next{0};
+
+  // Guarded by the pool's mutex.
+  int joined = 1;  // workers that have taken a number, the caller included
+  int active = 0;  // workers at work, the caller not counted
+  std::exception_ptr error;
+
+  bool exhausted() const { return next.load(std::memory_order_relaxed) >= num_tasks; }
+
+  // Runs tasks until none is left; returns what a task threw.
+  std::exception_ptr work(int worker) {
+    try {
+      for (;;) {
+        const int64_t index = next.fetch_add(1, std::memory_order_relaxed);
+        if (index >= num_tasks) return nullptr;
+        task(index, worker);
+      }
+    } catch (...) {
+      next.store(num_tasks, std::memory_order_relaxed);
+      return std::current_exception();
+    }
+  }
+};
+
+class ThreadPool {
+ public:
+  void run(Job& job) {
+    {
+      std::lock_guard lock(mutex_);
+      grow(job.num_workers - 1);
+      jobs_.push_back(&job);
+    }
+    for (int i = 1; i < job.num_workers; ++i) work_available_.notify_one();
+    std::exception_ptr error = job.work(0);
+
+    std::unique_lock lock(mutex_);
+    std::erase(jobs_, &job);
+    job_finished_.wait(lock, [&] { return job.active == 0; });
+    if (error == nullptr) error = job.error;
+    lock.unlock();
+    if (error != nullptr) std::rethrow_exception(error);
+  }
+
+ private:
+  // Threads are detached and the pool is never destroyed: a worker may be asleep when the process
+  // ends, and there is nothing that it would have to put in order.
+  void grow(int num_threads) {
+    for (; num_threads_ < num_threads; ++num_threads_)
+      std::thread([this] { worker_loop(); }).detach();
+  }
+
+  Job* find_job() const {
+    for (Job* job : jobs_) {
+      if (job->joined < job->num_workers && !job->exhausted()) return job;
+    }
+    return nullptr;
+  }
+
+  void worker_loop() {
+    std::unique_lock lock(mutex_);
+    for (;;) {
+      Job* job = nullptr;
+      work_available_.wait(lock, [&] { return (job = find_job()) != nullptr; });
+      const int worker = job->joined++;
+      ++job->active;
+      lock.unlock();
+      std::exception_ptr error = job->work(worker);
+      lock.lock();
+      if (error != nullptr && job->error == nullptr) job->error = error;
+      if (--job->active == 0) job_finished_.notify_all();
+    }
+  }
+
+  std::mutex mutex_;
+  std::condition_variable work_available_;
+  std::condition_variable job_finished_;
+  std::vector<Job*> jobs_;  // jobs that may still have tasks, oldest first
+  int num_threads_ = 0;
+};
+
+std::atomic<ThreadPool*> current_pool{nullptr};
+
+// A forked child has none of its parent's threads, and the parent's pool may be locked: leave it.
+void forget_pool() { current_pool.store(nullptr); }
+
+ThreadPool& pool() {
+  ThreadPool* pool = current_pool.load(std::memory_order_acquire);
+  if (pool != nullptr) return *pool;
+#if defined(FAP_HAS_FORK)
+  static const int registered = pthread_atfork(nullptr, nullptr, forget_pool);
+  static_cast<void>(registered);
+#endif
+  auto* fresh = new ThreadPool;
+  if (current_pool.compare_exchange_strong(pool, fresh)) return *fresh;
+  delete fresh;  // another thread was first, and this one has started no threads
+  return *pool;
+}
+
+}  // namespace
+
+int num_available_cores() {
+#if defined(__linux__)
+  cpu_set_t set;
+  if (sched_getaffinity(0, sizeof(set), &set) == 0) return std::max(1, CPU_COUNT(&set));
+#endif
+  return std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
+}
+
+void parallel_for(int num_threads, int64_t num_tasks, TaskRef task) {
+  if (num_threads <= 0) num_threads = num_available_cores();
+  const int num_workers = static_cast<int>(std::min<int64_t>(num_threads, num_tasks));
+  if (num_workers <= 1) {
+    for (int64_t index = 0; index < num_tasks; ++index) task(index, 0);
+    return;
+  }
+  Job job(task, num_tasks, num_workers);
+  pool().run(job);
+}
+
+}  // namespace flash_attn_plus::cpu
