@@ -5,8 +5,10 @@ naively in the input's dtype, against float64, plus a floor that covers the roun
 itself (a naive result can be exact by luck, for example when there is only one key).
 """
 
+import itertools
 import math
-from dataclasses import dataclass, fields
+import random
+from dataclasses import dataclass, replace
 
 import reference
 import torch
@@ -22,7 +24,7 @@ def dtype_id(dtype):
     return DTYPE_NAMES[dtype]
 
 
-# ---------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # Comparison
 
 
@@ -34,9 +36,9 @@ def _largest(x):
 def assert_close(actual, expected, naive, what, *, dtype=None):
     """|actual - expected| <= 2 * max |naive - expected| + floor, where both are finite.
 
-    expected: float64. naive: the same computation in the input's dtype. NaN and infinities must be in
-    the same places. The floor is one unit in the last place of `dtype` (actual's unless given) at the
-    largest expected value, plus a sixteenth of one at 1, the size of the inputs.
+    expected: float64. naive: the same computation in the input's dtype. NaN and infinities must be
+    in the same places. The floor is one unit in the last place of `dtype` (actual's unless given)
+    at the largest expected value, plus a sixteenth of one at 1, the size of the inputs.
     """
     dtype = dtype or actual.dtype
     assert actual.shape == expected.shape, f"{what}: shape {actual.shape}, not {expected.shape}"
@@ -63,22 +65,24 @@ def assert_close(actual, expected, naive, what, *, dtype=None):
     )
 
 
-def assert_attention_close(actual, function, tensors, what="", **options):
+def assert_attention_close(actual, function, tensors, what="", *, lse_dtype=FP32, **options):
     """Compare (out, lse) with a function of reference.py.
 
-    lse is float32 whatever the dtype: its tolerance comes from a naive float32 computation.
+    lse is float32 whatever the dtype: its tolerance comes from a naive float32 computation, unless
+    something that it depends on is rounded to the dtype on the way (lse_dtype).
     """
     out, lse = actual
     expected_out, expected_lse = function(*tensors, **options)
-    naive_out, _ = function(*tensors, **options, dtype=out.dtype)
-    _, naive_lse = function(*tensors, **options, dtype=FP32)
+    naive_out, naive_lse = function(*tensors, **options, dtype=out.dtype)
+    if lse_dtype != out.dtype:
+        _, naive_lse = function(*tensors, **options, dtype=lse_dtype)
     assert_close(out, expected_out, naive_out, f"{what}out")
     if lse is not None:
         assert lse.dtype == FP32
-        assert_close(lse, expected_lse, naive_lse, f"{what}lse")
+        assert_close(lse, expected_lse, naive_lse, f"{what}lse", dtype=lse_dtype)
 
 
-# ---------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # Inputs
 
 
@@ -199,11 +203,37 @@ def case_id(case):
 
 def with_dtypes(cases, dtypes=DTYPES):
     """Every case in every dtype."""
-    return [
-        Case(**{**{f.name: getattr(case, f.name) for f in fields(case)}, "dtype": dtype})
-        for case in cases
-        for dtype in dtypes
-    ]
+    return [replace(case, dtype=dtype) for case in cases for dtype in dtypes]
+
+
+def pairwise(seed=0, **factors):
+    """Dictionaries of one value a factor, in which every pair of values of two factors occurs.
+
+    Greedy: of a few random rows, always take the one that covers the most pairs not yet covered.
+    """
+    generator = random.Random(seed)
+    names = list(factors)
+    missing = {
+        (a, i, b, j)
+        for a, b in itertools.combinations(range(len(names)), 2)
+        for i in range(len(factors[names[a]]))
+        for j in range(len(factors[names[b]]))
+    }
+
+    def pairs(row):
+        return {(a, row[a], b, row[b]) for a, b in itertools.combinations(range(len(names)), 2)}
+
+    rows = []
+    while missing:
+        candidates = []
+        for a, i, b, j in generator.sample(sorted(missing), min(12, len(missing))):
+            row = [generator.randrange(len(factors[name])) for name in names]
+            row[a], row[b] = i, j
+            candidates.append(row)
+        best = max(candidates, key=lambda row: len(pairs(row) & missing))
+        missing -= pairs(best)
+        rows.append({name: factors[name][i] for name, i in zip(names, best, strict=True)})
+    return rows
 
 
 def keep_mask_of(s_dmask, sq, sk):
@@ -280,7 +310,7 @@ def check_backward(case, function=None):
 
 
 def check_gradients(actual, function, tensors, s_aux, dout, dlse, names, **options):
-    """Compare (out, lse, gradients) with a function of reference.py and its gradients by autograd."""
+    """Compare (out, lse, gradients) with a function of reference.py and its gradients."""
     out, lse, gradients = actual
     dtype = out.dtype
     inputs = list(tensors) + ([("s_aux", s_aux)] if s_aux is not None else [])

@@ -9,8 +9,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))  # reference.py and checks.py
 
-# One thread for each worker of pytest-xdist, two otherwise: the kernels' partition into tasks does not
-# depend on the number, and test_determinism.py varies it.
+# One thread for each worker of pytest-xdist, two otherwise. Results do not depend on the number;
+# test_determinism.py varies it.
 NUM_THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2
 torch.set_num_threads(NUM_THREADS)
 

@@ -5,8 +5,8 @@ sequence at a time, gradients by autograd. Nothing here is shared with the libra
 conventions are those of docs/numerics.md.
 
 Notation: batch b, query length sq, key length sk, query heads h, key heads hk, head dimension d.
-All functions compute in `dtype`, float64 unless told otherwise; float32, bfloat16 or float16 give the
-same computation done naively in that type, whose error is what the tolerances are derived from.
+All functions compute in `dtype`, float64 unless told otherwise; float32, bfloat16 or float16 give
+the same computation done naively in that type, whose error is what the tolerances are derived from.
 """
 
 import math
@@ -14,7 +14,7 @@ import math
 import numpy as np
 import torch
 
-# ---------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # Masks and scores
 
 
@@ -59,7 +59,7 @@ def attention_scores(q, k, *, softmax_scale=None, softcap=0.0, alibi_slopes=None
     return scores
 
 
-# ---------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # Attention
 
 
@@ -80,8 +80,8 @@ def attention(
 ):
     """Dense attention.
 
-    q (b, sq, h, d), k and v (b, sk, hk, d), alibi_slopes (h,) or (b, h), s_aux (h,): one sink a head,
-    keep_mask bool (b, h, sq, sk): the entries that dropout keeps.
+    q (b, sq, h, d), k and v (b, sk, hk, d), alibi_slopes (h,) or (b, h), s_aux (h,): one sink a
+    head, keep_mask bool (b, h, sq, sk): the entries that dropout keeps.
     Returns out (b, sq, h, d) and lse (b, h, sq), both in `dtype`. A row that sees no key has out 0
     and lse +inf, or lse = sink where there is one.
     """
@@ -108,7 +108,7 @@ def attention(
 
 
 def _softmax(scores, visible, s_aux):
-    """Softmax over the visible scores and the sink: p (b, h, sq, sk) without the sink, lse (b, h, sq)."""
+    """Softmax over the visible scores and the sink: p (b, h, sq, sk) of the keys, lse (b, h, sq)."""
     batch, heads, sq, _ = scores.shape
     sees_nothing = ~visible.any(dim=-1)  # (sq,)
     scores = scores.masked_fill(~visible, -math.inf)
@@ -175,7 +175,8 @@ def varlen_attention(
 ):
     """Variable length: each sequence by itself through `attention`.
 
-    q (tq, h, d), k and v (tk, hk, d), or (pages, page_size, hk, d) with block_table; cu_seqlens (b + 1).
+    q (tq, h, d), k and v (tk, hk, d), or (pages, page_size, hk, d) with block_table; cu_seqlens
+    (b + 1), seqused_k and leftpad_k (b,): keys in use, and those before the first valid one.
     rng_state (seed, offset), or keep_masks: a list of bool (1, h, sq, sk), say what dropout keeps.
     Returns out (tq, h, d) and lse (h, tq). Rows of no sequence have out 0 and lse +inf.
     """
@@ -231,14 +232,14 @@ def gather_pages(pages, table, length):
     return pages[table.to(torch.int64)[row // page_size], row % page_size]
 
 
-# ---------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # Rotary embedding and the cache
 
 
 def apply_rotary(
     x, cos, sin, *, positions, interleaved=False, conjugate=False, dtype=torch.float64
 ):
-    """Rotate the first 2 * cos.shape[1] elements of each row of x (s, h, d) by its position's angles.
+    """Rotate the first 2 * cos.shape[1] elements of each row of x (s, h, d) by its position.
 
     positions: (s,) integers. interleaved pairs (2i, 2i + 1), otherwise (i, i + rotary_dim / 2).
     """
@@ -336,8 +337,8 @@ def kvcache_attention(
 ):
     """Attention over a cache, after k and v, when given, have been appended.
 
-    q (b, sq, h, d); caches (bc, sk, hk, d) or (pages, page_size, hk, d). Returns out (b, sq, h, d) and
-    lse (b, h, sq); `kvcache_append` gives the caches.
+    q (b, sq, h, d); caches (bc, sk, hk, d) or (pages, page_size, hk, d). Returns out (b, sq, h, d)
+    and lse (b, h, sq); `kvcache_append` gives the caches.
     """
     batch, sq = q.shape[:2]
     capacity = k_cache.shape[1]
@@ -399,7 +400,7 @@ def kvcache_attention(
     return torch.cat(outs), torch.cat(lses)
 
 
-# ---------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # Gradients
 
 
@@ -431,12 +432,12 @@ def with_gradients(function, tensors, dout, dlse=None, *, dtype=torch.float64, *
     return out.detach(), lse.detach(), list(result)
 
 
-# ---------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # Dropout
 
 
 def philox(counter, key):
-    """Philox-4x32 with 7 rounds (Salmon et al., 2011): four uint32 arrays from four, under two words."""
+    """Philox-4x32 with 7 rounds (Salmon et al., 2011): four uint32 arrays from four, and a key."""
     mask = np.uint64(0xFFFFFFFF)
     shift = np.uint64(32)
     c0, c1, c2, c3 = (np.asarray(word, dtype=np.uint64) for word in counter)
@@ -458,8 +459,8 @@ def philox(counter, key):
 def dropout_numbers(rng_state, batch, heads, sq, sk, *, first_batch=0):
     """The 16-bit number of every entry: numpy int64 (b, h, sq, sk).
 
-    One block of Philox gives eight of them: the rows r and r + 8 of sixteen, from the low and the high
-    half of a word, and the columns c, c + 8, c + 16, c + 24 of thirty-two, from the four words.
+    One block of Philox gives eight of them: the rows r and r + 8 of sixteen, from the low and the
+    high half of a word, and the columns c, c + 8, c + 16, c + 24 of thirty-two, from the four words.
     """
     seed, offset = (int(x) & 0xFFFFFFFFFFFFFFFF for x in rng_state)
     key = philox((offset & 0xFFFFFFFF, offset >> 32, 0, 0), (seed & 0xFFFFFFFF, seed >> 32))[:2]
@@ -491,7 +492,7 @@ def dropout_keep_mask(dropout_p, rng_state, batch, heads, sq, sk, *, first_batch
 def s_dmask(
     q, k, keep_mask, *, causal=False, window_size=(-1, -1), dtype=torch.float64, **score_options
 ):
-    """exp(score - row maximum), negative where dropout dropped it, 0 where masked: (b, h, sq, sk)."""
+    """exp(score - row maximum), negative where dropped, 0 where masked: (b, h, sq, sk)."""
     scores = attention_scores(q.to(dtype), k.to(dtype), **score_options)
     visible = visible_keys(q.shape[1], k.shape[1], causal, window_size)
     scores = scores.masked_fill(~visible, -math.inf)
