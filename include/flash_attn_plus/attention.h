@@ -1,15 +1,16 @@
 /* FlashAttention-Plus: exact attention, the C ABI.
  *
- * Notation: batch b, query length sq, key length sk, query heads h, key heads hk (h is a multiple of
- * hk), head dimension d from 1 to 256. Variable length packs all sequences along one axis: tq
+ * Notation: batch b, query length sq, key length sk, query heads h, key heads hk (h is a multiple
+ * of hk), head dimension d from 1 to 256. Variable length packs all sequences along one axis: tq
  * queries, tk keys. The conventions of every number are in docs/numerics.md.
  *
  * Every argument struct begins with its own size, so that fields can be added at its end: set
- * `size = sizeof(struct)` and everything that is not used to zero (`struct x args = {sizeof args}`).
+ * `size = sizeof(struct)` and everything that is not used to zero (`struct x args = {sizeof
+ * args}`).
  *
  * Every function returns a fap_status. On failure nothing has been computed or written, and
- * fap_last_error() gives the reason (per thread). No function throws, prints, or keeps state between
- * calls. All buffers belong to the caller.
+ * fap_last_error() gives the reason (per thread). No function throws, prints, or keeps state
+ * between calls. All buffers belong to the caller.
  */
 #ifndef FLASH_ATTN_PLUS_ATTENTION_H_
 #define FLASH_ATTN_PLUS_ATTENTION_H_
@@ -69,7 +70,7 @@ typedef struct fap_forward_args {
   const fap_tensor* v;           /* as k */
   const fap_tensor* out;         /* as q */
   const fap_tensor* softmax_lse; /* (b, h, sq) or (h, tq), fp32 */
-  const fap_tensor* s_dmask;     /* (b, h, >= sq, >= sk), dtype of q; needs dropout_p > 0; or NULL */
+  const fap_tensor* s_dmask; /* (b, h, >= sq, >= sk), dtype of q; needs dropout_p > 0; or NULL */
   const fap_tensor* cu_seqlens_q; /* (b + 1), int32, or NULL */
   const fap_tensor* cu_seqlens_k; /* (b + 1), int32, or NULL; with block_table: lengths only */
   const fap_tensor* seqused_k;    /* (b), int32: keys used of each sequence, or NULL */
@@ -81,8 +82,8 @@ typedef struct fap_forward_args {
   int64_t max_seqlen_q;           /* variable length only */
   int64_t max_seqlen_k;           /* variable length only */
   double softmax_scale;
-  double softcap;   /* 0: off */
-  double dropout_p; /* in [0, 1) */
+  double softcap;       /* 0: off */
+  double dropout_p;     /* in [0, 1) */
   int64_t window_left;  /* negative: infinite */
   int64_t window_right; /* negative: infinite; causal makes it 0 at most */
   int32_t causal;
@@ -154,13 +155,14 @@ typedef struct fap_kvcache_args {
   void* stream;
 } fap_kvcache_args;
 
-/* Rotary position embedding of the first 2 * cos.shape[1] elements of each row; the rest is copied. */
+/* Rotary position embedding of the first 2 * cos.shape[1] elements of each row; the rest is copied.
+ */
 typedef struct fap_rotary_args {
   size_t size;
-  const fap_tensor* x;   /* (b, s, h, d), or (t, h, d) with cu_seqlens */
-  const fap_tensor* out; /* as x; may be x itself */
-  const fap_tensor* cos; /* (max position, rotary_dim / 2), dtype of x or fp32 */
-  const fap_tensor* sin; /* as cos */
+  const fap_tensor* x;              /* (b, s, h, d), or (t, h, d) with cu_seqlens */
+  const fap_tensor* out;            /* as x; may be x itself */
+  const fap_tensor* cos;            /* (max position, rotary_dim / 2), dtype of x or fp32 */
+  const fap_tensor* sin;            /* as cos */
   const fap_tensor* seqlen_offsets; /* (b), int32 or int64: position of each first row, or NULL */
   const fap_tensor* cu_seqlens;     /* (b + 1), int32, or NULL */
   int64_t seqlen_offset;            /* position of the first row when seqlen_offsets is NULL */
@@ -187,9 +189,10 @@ FAP_API const char* fap_last_error(void);
 /* Version of the library, e.g. "0.1.0". */
 FAP_API const char* fap_version(void);
 
-/* The instruction set that the CPU kernels use, e.g. "avx512"; and all that this CPU can run, the best
- * first, separated by commas. FLASH_ATTN_PLUS_CPU_ISA names one to be used instead of the best. NULL,
- * with the reason in fap_last_error(), when that variable names one that is unknown or cannot run. */
+/* The instruction set that the CPU kernels use, e.g. "avx512"; and all that this CPU can run, the
+ * best first, separated by commas. FLASH_ATTN_PLUS_CPU_ISA names one to be used instead of the
+ * best. NULL, with the reason in fap_last_error(), when that variable names one that is unknown or
+ * cannot run. */
 FAP_API const char* fap_cpu_isa(void);
 FAP_API const char* fap_cpu_isas(void);
 

@@ -109,7 +109,9 @@ const std::vector<std::string>& runnable_isas() {
 
 const std::string& selected_isa() { return selection().name; }
 
-void forward(const ForwardParams& params) { selection().kernels->forward(params); }
-void backward(const BackwardParams& params) { selection().kernels->backward(params); }
+const Kernels& selected_kernels() { return *selection().kernels; }
+
+void forward(const ForwardParams& params) { selected_kernels().forward(params); }
+void backward(const BackwardParams& params) { selected_kernels().backward(params); }
 
 }  // namespace flash_attn_plus::cpu

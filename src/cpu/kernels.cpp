@@ -3,12 +3,13 @@
 
 #include "cpu/backward_kernel.h"
 #include "cpu/forward_kernel.h"
+#include "cpu/rotary_kernel.h"
 
 namespace flash_attn_plus::cpu::FAP_ISA {
 
 const Kernels& kernels();
 const Kernels& kernels() {
-  static constexpr Kernels table = {&forward, &backward};
+  static constexpr Kernels table = {&forward, &backward, &rotate};
   return table;
 }
 

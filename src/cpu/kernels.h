@@ -3,12 +3,17 @@
 #pragma once
 
 #include "attention/params.h"
+#include "cpu/rotary_rows.h"
 
 namespace flash_attn_plus::cpu {
 
 struct Kernels {
   void (*forward)(const ForwardParams& params);
   void (*backward)(const BackwardParams& params);
+  void (*rotate)(const RotaryRows& rows);
 };
+
+// Those of the selected instruction set.
+const Kernels& selected_kernels();
 
 }  // namespace flash_attn_plus::cpu
