@@ -43,7 +43,6 @@ $(VENV)/.examples: $(VENV)/.torch examples/requirements.txt
 
 $(VENV)/.package: $(VENV)/.torch $(package_sources)
 	@echo "Installing the package (pip install .)"
-	$(pip) --force-reinstall --no-deps .
 	$(pip) .
 	touch $@
 
@@ -59,8 +58,7 @@ demo: $(VENV)/.package $(VENV)/.examples  ## attention checked and timed, then a
 
 .PHONY: bench
 bench: $(VENV)/.package $(VENV)/.examples  ## the benchmark table beside scaled_dot_product_attention (BENCH= adds options)
-	mkdir -p build
-	$(bin)/python -m flash_attn bench --json build/bench.json --plot build/bench.png $(BENCH)
+	$(bin)/python -m flash_attn bench --output build/bench $(BENCH)
 
 # ---- build ----------------------------------------------------------------------------------------
 
@@ -115,14 +113,13 @@ test-cpp: build  ## GoogleTest, the symbol check, and a C program against the in
 # Everything that the fuzz, error and poison tests reach is run under AddressSanitizer and
 # UndefinedBehaviorSanitizer. The interpreter is not built with them, so their runtime is preloaded, and
 # libstdc++ with it, because exceptions are intercepted there.
-sanitizers := -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer
 sanitizer_env = ASAN_OPTIONS=detect_leaks=0:abort_on_error=1 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1
 sanitized_tests := tests/python/test_fuzz.py tests/python/test_errors.py tests/python/test_poison.py
 
 .PHONY: test-sanitizers
 test-sanitizers: $(VENV)/.package $(VENV)/.tools googletest  ## C++ tests and a part of the Python tests under the sanitizers
 	$(cmake) -B build/sanitize $(cmake_flags) -DCMAKE_BUILD_TYPE=RelWithDebInfo \
-	  -DCMAKE_CXX_FLAGS="$(sanitizers)" -DCMAKE_CXX_FLAGS_RELWITHDEBINFO="-O1 -g1"
+	  -DCMAKE_CXX_FLAGS_RELWITHDEBINFO=-O1 -DFLASH_ATTN_PLUS_SANITIZE=address,undefined
 	$(cmake) --build build/sanitize -j $(JOBS)
 	$(sanitizer_env) $(ctest) --test-dir build/sanitize --output-on-failure -j $(JOBS)
 	$(sanitizer_env) FLASH_ATTN_PLUS_CORE=$(abspath build/sanitize/lib/_core.so) \

@@ -1,0 +1,26 @@
+"""`python -m flash_attn doctor` and `python -m flash_attn bench`."""
+
+import argparse
+
+from flash_attn.cli import bench, doctor
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(prog="python -m flash_attn")
+    commands = parser.add_subparsers(metavar="command", required=True)
+    for module, name in ((doctor, "doctor"), (bench, "bench")):
+        summary, _, details = module.__doc__.partition("\n")
+        command = commands.add_parser(
+            name,
+            help=summary,
+            description=f"{summary}\n{details}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        module.add_arguments(command)
+        command.set_defaults(run=module.run)
+    arguments = parser.parse_args(argv)
+    return arguments.run(arguments)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

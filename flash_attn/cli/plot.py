@@ -1,0 +1,52 @@
+"""The benchmark's picture: one panel for each kind, bars of the ratio to the peer."""
+
+_COLORS = {"float32": "#4c72b0", "bfloat16": "#dd8452", "float16": "#55a868"}
+
+
+def save(rows, facts, peer, path):
+    """Writes a PNG; False when matplotlib is not installed or nothing was compared."""
+    try:
+        import matplotlib
+    except ImportError:
+        return False
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = [row for row in rows if "ratio" in row]
+    if not rows:
+        return False
+    names = {}
+    for row in rows:
+        names.setdefault(row["kind"], {})[row["case"]] = None
+    names = {kind: list(cases) for kind, cases in names.items()}
+    kinds = list(names)
+    figure, panels = pyplot.subplots(
+        len(kinds),
+        1,
+        figsize=(8, 1.2 + sum(0.5 + 0.55 * len(names[kind]) for kind in kinds)),
+        height_ratios=[0.6 + len(names[kind]) for kind in kinds],
+        layout="constrained",
+        squeeze=False,
+        sharex=True,
+    )
+    dtypes = list(dict.fromkeys(row["dtype"] for row in rows))
+    height = 0.8 / len(dtypes)
+    for axes, kind in zip(panels[:, 0], kinds, strict=True):
+        for index, dtype in enumerate(dtypes):
+            chosen = [r for r in rows if r["kind"] == kind and r["dtype"] == dtype]
+            shift = (index + 0.5) * height - 0.4
+            places = [names[kind].index(row["case"]) + shift for row in chosen]
+            ratios = [row["ratio"] for row in chosen]
+            bars = axes.barh(places, ratios, height, color=_COLORS[dtype], label=dtype)
+            axes.bar_label(bars, fmt="%.2f", padding=2, fontsize=7)
+        axes.axvline(1, color="black", linewidth=0.8)
+        axes.set_yticks(range(len(names[kind])), names[kind], fontsize=8)
+        axes.invert_yaxis()
+        axes.set_title(kind, fontsize=9, loc="left")
+    panels[0, 0].legend(fontsize=8)
+    panels[0, 0].margins(x=0.08)
+    panels[-1, 0].set_xlabel(f"times faster than {peer} (median of alternating rounds)")
+    figure.suptitle(f"{facts['device']}, {facts['threads']} threads", fontsize=10)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+    return True
