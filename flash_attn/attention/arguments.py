@@ -1,0 +1,166 @@
+"""What the functions, the autograd functions and the ops do to their arguments."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import Tensor
+from torch._C import _are_functorch_transforms_active, _is_tracing, _len_torch_dispatch_stack
+from torch.autograd import _profiler_enabled
+from torch.compiler import is_compiling
+
+from flash_attn.backends.interface import MIN_DROPOUT_P, Options, Sequences
+
+_DETERMINISTIC = os.environ.get("FLASH_ATTENTION_DETERMINISTIC", "0") == "1"
+
+
+def is_plain(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether nothing needs to see the call, so that it may bypass torch's dispatcher."""
+    return (
+        not is_compiling()
+        and type(q) is Tensor
+        and type(k) is Tensor
+        and type(v) is Tensor
+        and _len_torch_dispatch_stack() == 0
+        and not _are_functorch_transforms_active()
+        and not q.is_meta
+        and not _profiler_enabled()
+        and not _is_tracing()
+    )
+
+
+def maybe_contiguous(x: Tensor | None) -> Tensor | None:
+    """x with a contiguous last dimension, copied only when it has none."""
+    return x.contiguous() if x is not None and x.stride(-1) != 1 else x
+
+
+def prepare(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors with a contiguous last dimension, and in autocast's dtype when it is on.
+
+    Autocast treats them as it treats those of `scaled_dot_product_attention`.
+    """
+    device = tensors[0].device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        tensors = [x.to(dtype) if _autocasts(x) else x for x in tensors]
+    return [x if x.stride(-1) == 1 else x.contiguous() for x in tensors]
+
+
+def _autocasts(x: Tensor) -> bool:
+    return x.is_floating_point() and x.dtype != torch.float64
+
+
+def prepare_for_cache(k_cache: Tensor, *tensors: Tensor | None) -> list[Tensor | None]:
+    """As `prepare`, but autocast's dtype is the cache's, which is written and cannot be cast."""
+    if torch.is_autocast_enabled(k_cache.device.type):
+        dtype = k_cache.dtype
+        tensors = [x.to(dtype) if x is not None and _autocasts(x) else x for x in tensors]
+    return [maybe_contiguous(x) for x in tensors]
+
+
+def unpack(packed: Tensor, name: str, parts: int) -> tuple[Tensor, ...]:
+    """Queries, keys and values of a packed tensor, as views."""
+    if packed.dim() < 3 or packed.shape[-3] != parts:
+        raise RuntimeError(
+            f"{name} must have shape (..., {parts}, num_heads, head_dim), "
+            f"but got {tuple(packed.shape)}"
+        )
+    return packed.unbind(-3)
+
+
+def default_scale(q: Tensor) -> float:
+    """The factor of the scores: d ** -0.5."""
+    head_dim = q.shape[-1]
+    return head_dim**-0.5 if head_dim else 1.0  # an empty head is refused later
+
+
+def window(window_size) -> tuple[int, int]:
+    """The two sides of a window given as tuple, list or tensor of two integers."""
+    if isinstance(window_size, Tensor):
+        window_size = window_size.tolist()
+    try:
+        left, right = window_size
+    except (TypeError, ValueError):
+        raise RuntimeError(f"window_size must be (left, right), but got {window_size!r}") from None
+    return left, right
+
+
+def max_seqlen(value: Tensor, bound: int) -> int:
+    """A longest length in a tensor as a number; `bound` where reading it would synchronise."""
+    readable = not is_compiling() and type(value) is Tensor and value.is_cpu
+    return int(value) if readable else bound
+
+
+def needs_grad(*tensors: Tensor | None) -> bool:
+    """Whether a gradient may be asked for."""
+    if torch.is_grad_enabled():
+        for x in tensors:
+            if x is not None and x.requires_grad:
+                return True
+    return False
+
+
+def draw_rng_state(device: torch.device) -> Tensor:
+    """Seed and offset of one call with dropout, from torch's generator of the device."""
+    return torch.randint(0, 2**63 - 1, (2,), dtype=torch.int64, device=device)
+
+
+def options(
+    q: Tensor,
+    dropout_p: float,
+    softmax_scale: float | None,
+    causal: bool,
+    window_size,
+    softcap: float,
+    alibi_slopes: Tensor | None,
+    deterministic: bool,
+    s_aux: Tensor | None,
+) -> Options:
+    """The options of a call as a public function receives them."""
+    window_left, window_right = window(window_size)
+    if softmax_scale is None:
+        softmax_scale = default_scale(q)
+    rng_state = None
+    if dropout_p:
+        if 0 < dropout_p < MIN_DROPOUT_P:
+            dropout_p = 0.0
+        elif 0 < dropout_p < 1:
+            rng_state = draw_rng_state(q.device)
+    return Options(
+        softmax_scale,
+        causal,
+        window_left,
+        window_right,
+        softcap,
+        alibi_slopes,
+        s_aux if s_aux is None else s_aux.float(),
+        dropout_p,
+        rng_state,
+        deterministic,
+    )
+
+
+def sequences(
+    q: Tensor,
+    k: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int | Tensor,
+    max_seqlen_k: int | Tensor,
+    block_table: Tensor | None = None,
+) -> Sequences:
+    """The sequences of a variable-length call as a public function receives them."""
+    if isinstance(max_seqlen_q, Tensor):
+        max_seqlen_q = max_seqlen(max_seqlen_q, q.shape[0])
+    if isinstance(max_seqlen_k, Tensor):
+        bound = k.shape[0] if block_table is None else block_table.shape[1] * k.shape[1]
+        max_seqlen_k = max_seqlen(max_seqlen_k, bound)
+    return Sequences(
+        cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_table=block_table
+    )
+
+
+def is_deterministic(asked: bool) -> bool:
+    """Whether dq shall be bitwise reproducible: by argument, torch's setting or environment."""
+    return asked or _DETERMINISTIC or torch.are_deterministic_algorithms_enabled()

@@ -1,0 +1,329 @@
+"""Gradients in eager mode: one `torch.autograd.Function` for each public function.
+
+Each takes the arguments of FlashAttention-2's function of the same name, in its order, and `s_aux`.
+The functions of packed tensors exist for their backward: it writes all gradients into one tensor.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from flash_attn.attention import arguments
+from flash_attn.attention.arguments import maybe_contiguous, unpack
+from flash_attn.attention.calls import run_backward, run_forward
+
+
+def _forward(ctx, q, k, v, options, sequences, return_attn_probs):
+    out, softmax_lse, s_dmask = run_forward(q, k, v, options, sequences, return_attn_probs)
+    ctx.set_materialize_grads(False)
+    # Tensors are saved as such: a change in place is noticed, and saved-tensor hooks see them.
+    tensors = (options.alibi_slopes, options.s_aux, options.rng_state)
+    ctx.options = options._replace(alibi_slopes=None, s_aux=None, rng_state=None)
+    ctx.sequences = None
+    if sequences is not None:
+        tensors += (sequences.cu_seqlens_q, sequences.cu_seqlens_k)
+        ctx.sequences = sequences._replace(cu_seqlens_q=None, cu_seqlens_k=None)
+    ctx.save_for_backward(q, k, v, out, softmax_lse, *tensors)
+    if not return_attn_probs:
+        return out
+    if s_dmask is None:
+        s_dmask = q.new_empty((0,))
+    ctx.mark_non_differentiable(s_dmask)
+    return out, softmax_lse, s_dmask
+
+
+def _backward(ctx, saved, dout, dsoftmax_lse, dq, dk, dv):
+    """Writes dq, dk and dv, and returns the gradient of s_aux."""
+    q, k, v, out, softmax_lse, alibi_slopes, s_aux, rng_state, *cu_seqlens = saved
+    options = ctx.options._replace(alibi_slopes=alibi_slopes, s_aux=s_aux, rng_state=rng_state)
+    sequences = ctx.sequences
+    if sequences is not None:
+        sequences = sequences._replace(cu_seqlens_q=cu_seqlens[0], cu_seqlens_k=cu_seqlens[1])
+    if dout is None:  # only softmax_lse was used
+        dout = torch.zeros_like(out)
+    ds_aux = None if s_aux is None else torch.empty_like(s_aux)
+    run_backward(
+        maybe_contiguous(dout),
+        q,
+        k,
+        v,
+        out,
+        softmax_lse,
+        dq,
+        dk,
+        dv,
+        options,
+        sequences,
+        dsoftmax_lse,
+        ds_aux,
+    )
+    return ds_aux
+
+
+def _backward_of_three(ctx, dout, dsoftmax_lse):
+    """Gradients of q, k, v and s_aux."""
+    saved = ctx.saved_tensors
+    dq, dk, dv = (torch.empty_like(x) for x in saved[:3])
+    return dq, dk, dv, _backward(ctx, saved, dout, dsoftmax_lse, dq, dk, dv)
+
+
+def _backward_of_kv(ctx, dout, dsoftmax_lse):
+    """Gradients of q, kv and s_aux."""
+    saved = ctx.saved_tensors
+    q, k = saved[:2]
+    dq = torch.empty_like(q)
+    dkv = k.new_empty((*k.shape[:-2], 2, *k.shape[-2:]))
+    return dq, dkv, _backward(ctx, saved, dout, dsoftmax_lse, dq, *dkv.unbind(-3))
+
+
+def _backward_of_qkv(ctx, dout, dsoftmax_lse):
+    """Gradients of qkv and s_aux."""
+    saved = ctx.saved_tensors
+    q = saved[0]
+    dqkv = q.new_empty((*q.shape[:-2], 3, *q.shape[-2:]))
+    return dqkv, _backward(ctx, saved, dout, dsoftmax_lse, *dqkv.unbind(-3))
+
+
+class FlashAttnFunc(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx,
+        q,
+        k,
+        v,
+        dropout_p,
+        softmax_scale,
+        causal,
+        window_size,
+        softcap,
+        alibi_slopes,
+        deterministic,
+        return_softmax,
+        is_grad_enabled=True,
+        s_aux=None,
+    ):
+        options = arguments.options(
+            q,
+            dropout_p,
+            softmax_scale,
+            causal,
+            window_size,
+            softcap,
+            alibi_slopes,
+            deterministic,
+            s_aux,
+        )
+        return _forward(ctx, q, k, v, options, None, return_softmax)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout, dsoftmax_lse=None, _=None):
+        dq, dk, dv, ds_aux = _backward_of_three(ctx, dout, dsoftmax_lse)
+        return dq, dk, dv, *[None] * 9, ds_aux
+
+
+class FlashAttnVarlenFunc(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx,
+        q,
+        k,
+        v,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        max_seqlen_q,
+        max_seqlen_k,
+        dropout_p,
+        softmax_scale,
+        causal,
+        window_size,
+        softcap,
+        alibi_slopes,
+        deterministic,
+        return_softmax,
+        block_table,
+        is_grad_enabled=True,
+        s_aux=None,
+    ):
+        options = arguments.options(
+            q,
+            dropout_p,
+            softmax_scale,
+            causal,
+            window_size,
+            softcap,
+            alibi_slopes,
+            deterministic,
+            s_aux,
+        )
+        sequences = arguments.sequences(
+            q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_table
+        )
+        return _forward(ctx, q, k, v, options, sequences, return_softmax)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout, dsoftmax_lse=None, _=None):
+        dq, dk, dv, ds_aux = _backward_of_three(ctx, dout, dsoftmax_lse)
+        return dq, dk, dv, *[None] * 14, ds_aux
+
+
+class FlashAttnKVPackedFunc(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx,
+        q,
+        kv,
+        dropout_p,
+        softmax_scale,
+        causal,
+        window_size,
+        softcap,
+        alibi_slopes,
+        deterministic,
+        return_softmax,
+        is_grad_enabled=True,
+        s_aux=None,
+    ):
+        k, v = unpack(kv, "kv", 2)
+        options = arguments.options(
+            q,
+            dropout_p,
+            softmax_scale,
+            causal,
+            window_size,
+            softcap,
+            alibi_slopes,
+            deterministic,
+            s_aux,
+        )
+        return _forward(ctx, q, k, v, options, None, return_softmax)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout, dsoftmax_lse=None, _=None):
+        dq, dkv, ds_aux = _backward_of_kv(ctx, dout, dsoftmax_lse)
+        return dq, dkv, *[None] * 9, ds_aux
+
+
+class FlashAttnVarlenKVPackedFunc(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx,
+        q,
+        kv,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        max_seqlen_q,
+        max_seqlen_k,
+        dropout_p,
+        softmax_scale,
+        causal,
+        window_size,
+        softcap,
+        alibi_slopes,
+        deterministic,
+        return_softmax,
+        is_grad_enabled=True,
+        s_aux=None,
+    ):
+        k, v = unpack(kv, "kv", 2)
+        options = arguments.options(
+            q,
+            dropout_p,
+            softmax_scale,
+            causal,
+            window_size,
+            softcap,
+            alibi_slopes,
+            deterministic,
+            s_aux,
+        )
+        sequences = arguments.sequences(
+            q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
+        )
+        return _forward(ctx, q, k, v, options, sequences, return_softmax)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout, dsoftmax_lse=None, _=None):
+        dq, dkv, ds_aux = _backward_of_kv(ctx, dout, dsoftmax_lse)
+        return dq, dkv, *[None] * 13, ds_aux
+
+
+class FlashAttnQKVPackedFunc(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx,
+        qkv,
+        dropout_p,
+        softmax_scale,
+        causal,
+        window_size,
+        softcap,
+        alibi_slopes,
+        deterministic,
+        return_softmax,
+        is_grad_enabled=True,
+        s_aux=None,
+    ):
+        q, k, v = unpack(qkv, "qkv", 3)
+        options = arguments.options(
+            q,
+            dropout_p,
+            softmax_scale,
+            causal,
+            window_size,
+            softcap,
+            alibi_slopes,
+            deterministic,
+            s_aux,
+        )
+        return _forward(ctx, q, k, v, options, None, return_softmax)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout, dsoftmax_lse=None, _=None):
+        dqkv, ds_aux = _backward_of_qkv(ctx, dout, dsoftmax_lse)
+        return dqkv, *[None] * 9, ds_aux
+
+
+class FlashAttnVarlenQKVPackedFunc(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx,
+        qkv,
+        cu_seqlens,
+        max_seqlen,
+        dropout_p,
+        softmax_scale,
+        causal,
+        window_size,
+        softcap,
+        alibi_slopes,
+        deterministic,
+        return_softmax,
+        is_grad_enabled=True,
+        s_aux=None,
+    ):
+        q, k, v = unpack(qkv, "qkv", 3)
+        options = arguments.options(
+            q,
+            dropout_p,
+            softmax_scale,
+            causal,
+            window_size,
+            softcap,
+            alibi_slopes,
+            deterministic,
+            s_aux,
+        )
+        sequences = arguments.sequences(q, k, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
+        return _forward(ctx, q, k, v, options, sequences, return_softmax)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout, dsoftmax_lse=None, _=None):
+        dqkv, ds_aux = _backward_of_qkv(ctx, dout, dsoftmax_lse)
+        return dqkv, *[None] * 11, ds_aux

@@ -1,0 +1,236 @@
+"""The native backend: the C++ core, on the memory of torch's tensors.
+
+It allocates the outputs and passes everything on; the core checks the arguments, and raises
+`RuntimeError` or `ConstraintError` with the texts that users of FlashAttention-2 know.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, get_num_threads
+
+from flash_attn import _core
+from flash_attn.backends.interface import Options, Sequences
+
+# The CPU has no streams.
+_NO_STREAM = 0
+
+
+def _row_vector(q: Tensor, variable_length: bool) -> Tensor:
+    """An uninitialised float32 for each query row: (b, h, sq), or (h, tq) for variable length."""
+    try:
+        if variable_length:
+            total_q, num_heads, _ = q.shape
+            return q.new_empty((num_heads, total_q), dtype=torch.float32)
+        batch, seqlen_q, num_heads, _ = q.shape
+        return q.new_empty((batch, num_heads, seqlen_q), dtype=torch.float32)
+    except ValueError:
+        expected = (
+            "(total_q, num_heads, head_dim)"
+            if variable_length
+            else "(batch_size, seqlen_q, num_heads, head_dim)"
+        )
+        raise RuntimeError(f"q must have shape {expected}, but got {tuple(q.shape)}") from None
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    options: Options,
+    sequences: Sequences | None = None,
+    return_s_dmask: bool = False,
+    out: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Attention forward; see `Backend.forward`."""
+    softmax_lse = _row_vector(q, sequences is not None)
+    if out is None:
+        out = torch.empty_like(q)
+    if sequences is None:
+        cu_seqlens_q = cu_seqlens_k = seqused_k = leftpad_k = block_table = None
+        max_seqlen_q = max_seqlen_k = num_splits = 0
+    else:
+        (
+            cu_seqlens_q,
+            cu_seqlens_k,
+            max_seqlen_q,
+            max_seqlen_k,
+            seqused_k,
+            leftpad_k,
+            block_table,
+            num_splits,
+        ) = sequences
+    s_dmask = None
+    if return_s_dmask and options.dropout_p > 0:
+        if sequences is None:
+            shape = (*softmax_lse.shape, k.shape[1])
+        else:
+            shape = (cu_seqlens_q.shape[0] - 1, q.shape[1], max_seqlen_q, max_seqlen_k)
+        s_dmask = q.new_empty(shape)
+    _core.forward(
+        q,
+        k,
+        v,
+        out,
+        softmax_lse,
+        s_dmask,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        seqused_k,
+        leftpad_k,
+        block_table,
+        options.alibi_slopes,
+        options.s_aux,
+        options.rng_state,
+        max_seqlen_q,
+        max_seqlen_k,
+        options.softmax_scale,
+        options.softcap,
+        options.dropout_p,
+        options.window_left,
+        options.window_right,
+        options.causal,
+        num_splits,
+        get_num_threads(),
+        _NO_STREAM,
+    )
+    return out, softmax_lse, s_dmask
+
+
+def backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    softmax_lse: Tensor,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    options: Options,
+    sequences: Sequences | None = None,
+    dsoftmax_lse: Tensor | None = None,
+    ds_aux: Tensor | None = None,
+) -> Tensor:
+    """Attention backward; see `Backend.backward`."""
+    softmax_d = _row_vector(q, sequences is not None)
+    if sequences is None:
+        cu_seqlens_q = cu_seqlens_k = seqused_k = None
+        max_seqlen_q = max_seqlen_k = 0
+    else:
+        cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_k = sequences[:5]
+    _core.backward(
+        dout,
+        q,
+        k,
+        v,
+        out,
+        softmax_lse,
+        dsoftmax_lse,
+        dq,
+        dk,
+        dv,
+        softmax_d,
+        ds_aux,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        seqused_k,
+        options.alibi_slopes,
+        options.s_aux,
+        options.rng_state,
+        max_seqlen_q,
+        max_seqlen_k,
+        options.softmax_scale,
+        options.softcap,
+        options.dropout_p,
+        options.window_left,
+        options.window_right,
+        options.causal,
+        options.deterministic,
+        get_num_threads(),
+        _NO_STREAM,
+    )
+    return softmax_d
+
+
+def kvcache(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    options: Options,
+    rotary_cos: Tensor | None = None,
+    rotary_sin: Tensor | None = None,
+    rotary_interleaved: bool = True,
+    cache_seqlens: Tensor | None = None,
+    cache_batch_idx: Tensor | None = None,
+    cache_leftpad: Tensor | None = None,
+    block_table: Tensor | None = None,
+    num_splits: int = 0,
+    out: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention over a cache, appended to first; see `Backend.kvcache`."""
+    softmax_lse = _row_vector(q, False)
+    if out is None:
+        out = torch.empty_like(q)
+    _core.kvcache(
+        q,
+        k_cache,
+        v_cache,
+        k,
+        v,
+        out,
+        softmax_lse,
+        rotary_cos,
+        rotary_sin,
+        cache_seqlens,
+        cache_batch_idx,
+        cache_leftpad,
+        block_table,
+        options.alibi_slopes,
+        options.s_aux,
+        options.softmax_scale,
+        options.softcap,
+        options.window_left,
+        options.window_right,
+        options.causal,
+        rotary_interleaved,
+        num_splits,
+        get_num_threads(),
+        _NO_STREAM,
+    )
+    return out, softmax_lse
+
+
+def rotary(
+    x: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    *,
+    out: Tensor | None = None,
+    seqlen_offsets: int | Tensor = 0,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
+    interleaved: bool = False,
+    conjugate: bool = False,
+) -> Tensor:
+    """Rotary position embedding; see `Backend.rotary`."""
+    if out is None:
+        out = torch.empty_like(x)
+    by_sequence = isinstance(seqlen_offsets, Tensor)
+    _core.rotary(
+        x,
+        out,
+        cos,
+        sin,
+        seqlen_offsets if by_sequence else None,
+        cu_seqlens,
+        0 if by_sequence else seqlen_offsets,
+        max_seqlen or 0,
+        interleaved,
+        conjugate,
+        get_num_threads(),
+        _NO_STREAM,
+    )
+    return out
