@@ -128,7 +128,7 @@ def cross_entropy_loss(
     """The cross entropy of each row, computed in float32 (float64 for float64 logits).
 
     With s = logit_scale * logits and lse = log sum exp(s), both over all classes, a row's loss is
-        lse - (1 - label_smoothing) * s[label] - label_smoothing * mean(s) + lse_square_scale * lse^2
+        lse - (1 - label_smoothing) s[label] - label_smoothing mean(s) + lse_square_scale lse^2
     The last term is known as z-loss (PaLM, arXiv:2204.02311).
 
     Args:
