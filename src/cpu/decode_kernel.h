@@ -19,19 +19,14 @@
 
 #include "attention/sequence.h"
 #include "attention/split.h"
-#include "cpu/convert.h"
+#include "cpu/decode_tile.h"
 #include "cpu/scratch.h"
 #include "cpu/thread_pool.h"
-#include "cpu/vector_math.h"
 
 namespace flash_attn_plus::cpu::FAP_ISA {
 
 // Query rows of a key head, above which the products outweigh the reading.
 inline constexpr int64_t kMaxDecodeRows = 16;
-
-// Keys of a block: a row of them is some 4 KB in the usual layout, a page of memory, and the
-// block's keys and values together must not need more pages than the first-level TLB holds.
-inline constexpr int kDecodeBlock = 32;
 
 // Bytes of keys and values below which a second thread costs more than it brings, and state of a
 // task (queries and accumulators) that leaves most of the second-level cache to the keys.
@@ -41,149 +36,6 @@ inline constexpr int64_t kDecodeStateBytes = 512 << 10;
 // Whether decode() serves the sequences of this many queries.
 FAP_INLINE bool is_decode_sequence(const ForwardParams& params, int64_t seqlen_q) {
   return seqlen_q * params.group_size() <= kMaxDecodeRows && params.dropout_p == 0.0;
-}
-
-// ---------------------------------------------------------------------------------------------------
-// Scores
-
-// Lanes with bit kBit clear: a[lane] + a[lane ^ kBit]; with it set: the same of b.
-template <int kBit>
-FAP_INLINE Vec add_halves(Vec a, Vec b) {
-  const VecI lane = lane_index();
-  const VecI from_b = (lane & kBit) != 0 ? splat(kLanes) : VecI{};
-  return __builtin_shuffle(a, b, lane + from_b) + __builtin_shuffle(a, b, (lane ^ kBit) + from_b);
-}
-
-// Lane i of the result is the sum of the lanes of v[i]. Destroys v.
-template <int kCount = kLanes>
-FAP_INLINE Vec sum_each(Vec* v) {
-  if constexpr (kCount == 1) {
-    return v[0];
-  } else {
-    constexpr int kHalf = kCount / 2;
-#pragma GCC unroll 8
-    for (int i = 0; i < kHalf; ++i) v[i] = add_halves<kHalf>(v[i], v[i + kHalf]);
-    return sum_each<kHalf>(v);
-  }
-}
-
-template <int kRows, bool kPartial, typename T>
-FAP_INLINE void add_products(const float* q, int64_t q_stride, const T* const* keys, int64_t column,
-                             int n, Vec* sums) {
-  constexpr int kKeys = kLanes / kRows;
-  Vec query[kRows];
-#pragma GCC unroll 4
-  for (int i = 0; i < kRows; ++i) query[i] = load(q + i * q_stride + column);
-#pragma GCC unroll 16
-  for (int j = 0; j < kKeys; ++j) {
-    const T* p = keys[j] + column;
-    const Vec key = kPartial ? load_float_partial(p, n) : load_float(p);
-#pragma GCC unroll 4
-    for (int i = 0; i < kRows; ++i) sums[i * kKeys + j] = fma(query[i], key, sums[i * kKeys + j]);
-  }
-}
-
-// scores[i][j] = q[i] . keys[j] for kRows queries and kLanes / kRows keys.
-template <int kRows, typename T>
-FAP_INLINE void score_tile(const float* q, int64_t q_stride, const T* const* keys, int64_t head_dim,
-                           float* scores) {
-  constexpr int kKeys = kLanes / kRows;
-  Vec sums[kLanes] = {};
-  int64_t column = 0;
-  for (; column + kLanes <= head_dim; column += kLanes) {
-    add_products<kRows, false>(q, q_stride, keys, column, kLanes, sums);
-  }
-  if (column < head_dim) {
-    const int n = static_cast<int>(head_dim - column);
-    add_products<kRows, true>(q, q_stride, keys, column, n, sums);
-  }
-  alignas(64) float tile[kLanes];
-  store(tile, sum_each(sums));
-#pragma GCC unroll 4
-  for (int i = 0; i < kRows; ++i) {
-    std::memcpy(scores + i * kDecodeBlock, tile + i * kKeys, kKeys * sizeof(float));
-  }
-}
-
-// ---------------------------------------------------------------------------------------------------
-// Values
-
-// out[i] += sum over keys of p[i][key] * values[key], on kVectors vectors of columns.
-template <int kRows, int kVectors, typename T>
-FAP_INLINE void value_tile(const float* p, const T* const* values, int64_t column, int begin,
-                           int end, float* out, int64_t out_stride) {
-  Vec sums[kRows][kVectors];
-#pragma GCC unroll 4
-  for (int i = 0; i < kRows; ++i) {
-#pragma GCC unroll 8
-    for (int c = 0; c < kVectors; ++c) {
-      sums[i][c] = load(out + i * out_stride + column + c * kLanes);
-    }
-  }
-  for (int key = begin; key < end; ++key) {
-    const T* value = values[key] + column;
-    Vec weight[kRows];
-#pragma GCC unroll 4
-    for (int i = 0; i < kRows; ++i) weight[i] = splat(p[i * kDecodeBlock + key]);
-#pragma GCC unroll 8
-    for (int c = 0; c < kVectors; ++c) {
-      const Vec v = load_float(value + c * kLanes);
-#pragma GCC unroll 4
-      for (int i = 0; i < kRows; ++i) sums[i][c] = fma(weight[i], v, sums[i][c]);
-    }
-  }
-#pragma GCC unroll 4
-  for (int i = 0; i < kRows; ++i) {
-#pragma GCC unroll 8
-    for (int c = 0; c < kVectors; ++c) {
-      store(out + i * out_stride + column + c * kLanes, sums[i][c]);
-    }
-  }
-}
-
-// The columns that remain, fewer than a vector.
-template <int kRows, typename T>
-FAP_INLINE void value_tail(const float* p, const T* const* values, int64_t column, int n, int begin,
-                           int end, float* out, int64_t out_stride) {
-  Vec sums[kRows];
-  for (int i = 0; i < kRows; ++i) sums[i] = load(out + i * out_stride + column);
-  for (int key = begin; key < end; ++key) {
-    const Vec v = load_float_partial(values[key] + column, n);
-    for (int i = 0; i < kRows; ++i) sums[i] = fma(splat(p[i * kDecodeBlock + key]), v, sums[i]);
-  }
-  for (int i = 0; i < kRows; ++i) store(out + i * out_stride + column, sums[i]);
-}
-
-// All columns, in the widest tiles whose accumulators fit the registers.
-template <int kRows, typename T>
-FAP_INLINE void add_values(const float* p, const T* const* values, int begin, int end,
-                           int64_t head_dim, float* out, int64_t out_stride) {
-  constexpr int kAccumulators = kLanes == 16 ? 16 : 8;
-  constexpr int kMost = kAccumulators / kRows < 8 ? kAccumulators / kRows : 8;
-  int64_t column = 0;
-  for (; column + kMost * kLanes <= head_dim; column += kMost * kLanes) {
-    value_tile<kRows, kMost>(p, values, column, begin, end, out, out_stride);
-  }
-  if constexpr (kMost > 4) {
-    if (column + 4 * kLanes <= head_dim) {
-      value_tile<kRows, 4>(p, values, column, begin, end, out, out_stride);
-      column += 4 * kLanes;
-    }
-  }
-  if constexpr (kMost > 2) {
-    if (column + 2 * kLanes <= head_dim) {
-      value_tile<kRows, 2>(p, values, column, begin, end, out, out_stride);
-      column += 2 * kLanes;
-    }
-  }
-  if (column + kLanes <= head_dim) {
-    value_tile<kRows, 1>(p, values, column, begin, end, out, out_stride);
-    column += kLanes;
-  }
-  if (column < head_dim) {
-    const int n = static_cast<int>(head_dim - column);
-    value_tail<kRows>(p, values, column, n, begin, end, out, out_stride);
-  }
 }
 
 // ---------------------------------------------------------------------------------------------------
@@ -228,59 +80,6 @@ FAP_INLINE void locate_rows(const ForwardParams& params, const Sequence& sequenc
   }
 }
 
-FAP_INLINE void prefetch_row(const void* row, int64_t bytes) {
-  for (int64_t offset = 0; offset < bytes; offset += 64) {
-    __builtin_prefetch(static_cast<const char*>(row) + offset);
-  }
-}
-
-// Everything about one query row that its scores depend on beside q and k.
-struct ScoreOptions {
-  float softcap;   // 0: off
-  float slope;     // ALiBi, 0: off
-  int32_t offset;  // of the block's first key from the row's diagonal
-  int begin, end;  // visible keys within the block
-};
-
-// Turns the scores of a block into exp(score - max), 0 where masked, and takes them into `softmax`.
-// Returns what the row's accumulators must be multiplied with before the block is added.
-FAP_INLINE float softmax_block(float* scores, const ScoreOptions& options,
-                               PartialSoftmax& softmax) {
-  constexpr int kVectors = kDecodeBlock / kLanes;
-  const bool masked = options.begin > 0 || options.end < kDecodeBlock;
-  Vec x[kVectors];
-  Vec max_lanes = splat(-kInfinity);
-#pragma GCC unroll 8
-  for (int i = 0; i < kVectors; ++i) {
-    x[i] = load(scores + i * kLanes);
-    const VecI key = lane_index() + i * kLanes;
-    if (options.softcap > 0.0f) x[i] = options.softcap * tanh(x[i] / options.softcap);
-    if (options.slope != 0.0f) x[i] = x[i] - options.slope * abs(to_float(key + options.offset));
-    if (masked) {
-      x[i] = select((key >= options.begin) & (key < options.end), x[i], splat(-kInfinity));
-    }
-    max_lanes = max(x[i], max_lanes);
-  }
-  const float block_max = reduce_max(max_lanes);
-  const float max = block_max > softmax.max ? block_max : softmax.max;
-  if (max == -kInfinity) {
-    // Nothing to see yet: exp(-inf - -inf) would be NaN.
-    for (int i = 0; i < kVectors; ++i) store(scores + i * kLanes, Vec{});
-    return 1.0f;
-  }
-  Vec sum_lanes{};
-#pragma GCC unroll 8
-  for (int i = 0; i < kVectors; ++i) {
-    const Vec p = exp(x[i] - max);
-    sum_lanes += p;
-    store(scores + i * kLanes, p);
-  }
-  const float correction = max == softmax.max ? 1.0f : exp(splat(softmax.max - max))[0];
-  softmax.sum = softmax.sum * correction + reduce_add(sum_lanes);
-  softmax.max = max;
-  return correction;
-}
-
 // What one task works on: some key heads of one part of one sequence.
 struct DecodeTask {
   const ForwardParams& params;
@@ -290,7 +89,7 @@ struct DecodeTask {
   int64_t
       num_rows;  // queries of a key head: row i * group_size + g is query i, head g of the group
   int64_t padded_rows;  // a multiple of the tiles
-  int64_t padded_dim;   // a multiple of kLanes
+  int64_t padded_dim;   // a multiple of kPair
 };
 
 // One tile of rows, of which `rows` exist, against a block of keys of one key head. q and out are
@@ -302,18 +101,11 @@ __attribute__((noinline)) void decode_tile(const DecodeTask& task, int64_t head_
                                            const T* const* next_values, const float* q, float* out,
                                            PartialSoftmax* softmax) {
   const ForwardParams& params = task.params;
-  const int64_t row_bytes = params.head_dim * static_cast<int64_t>(sizeof(T));
   const int rows = static_cast<int>(task.num_rows - row < kRows ? task.num_rows - row : kRows);
   constexpr int kKeys = kLanes / kRows;
-  alignas(64) float scores[kRows * kDecodeBlock] = {};
+  alignas(64) float scores[kRows * kDecodeBlock];
   for (int j = 0; j < count; j += kKeys) {
-    if (next_keys != nullptr) {
-      for (int i = 0; i < kKeys; ++i) prefetch_row(next_keys[j + i], row_bytes);
-    }
-    score_tile<kRows>(q, task.padded_dim, keys + j, params.head_dim, scores + j);
-  }
-  if (next_values != nullptr) {
-    for (int j = 0; j < kDecodeBlock; ++j) prefetch_row(next_values[j], row_bytes);
+    score_tile<kRows>(q, task.padded_dim, keys + j, next_keys + j, params.head_dim, scores + j);
   }
 
   const int64_t group_size = params.group_size();
@@ -343,47 +135,48 @@ __attribute__((noinline)) void decode_tile(const DecodeTask& task, int64_t head_
   }
 
   if (uniform) {
-    add_values<kRows>(scores, values, begins[0], ends[0], params.head_dim, out, task.padded_dim);
+    add_values<kRows>(scores, values, next_values, begins[0], ends[0], params.head_dim, out,
+                      task.padded_dim);
     return;
   }
   // A row must not touch values that it does not see: they may be NaN.
   for (int i = 0; i < rows; ++i) {
-    add_values<1>(scores + i * kDecodeBlock, values, begins[i], ends[i], params.head_dim,
-                  out + i * task.padded_dim, task.padded_dim);
+    add_values<1>(scores + i * kDecodeBlock, values, next_values, begins[i], ends[i],
+                  params.head_dim, out + i * task.padded_dim, task.padded_dim);
   }
 }
 
-// All rows against a block of keys of one key head.
+// Pointers to the rows of one key head.
+template <typename T>
+FAP_INLINE void point_to_rows(const ForwardParams& params, const BlockRows& block, int64_t head_k,
+                              const T** keys, const T** values) {
+  const T* k = static_cast<const T*>(params.k.data) + head_k * params.k.head_stride;
+  const T* v = static_cast<const T*>(params.v.data) + head_k * params.v.head_stride;
+  for (int j = 0; j < kDecodeBlock; ++j) {
+    keys[j] = k + block.k[j];
+    values[j] = v + block.v[j];
+  }
+}
+
+// All rows against a block of keys of one key head; the block that comes next is prefetched.
 template <typename T>
 FAP_INLINE void decode_block(const DecodeTask& task, int64_t head_k, int64_t first_key,
-                             const BlockRows& block, const BlockRows* next_block,
+                             const BlockRows& block, const BlockRows& next_block,
                              int64_t next_head_k, const float* q, float* out,
                              PartialSoftmax* softmax) {
-  const ForwardParams& params = task.params;
-  const T* keys[kDecodeBlock];
-  const T* values[kDecodeBlock];
-  const T* next_keys[kDecodeBlock];
-  const T* next_values[kDecodeBlock];
-  const T* k = static_cast<const T*>(params.k.data);
-  const T* v = static_cast<const T*>(params.v.data);
-  for (int j = 0; j < kDecodeBlock; ++j) {
-    keys[j] = k + block.k[j] + head_k * params.k.head_stride;
-    values[j] = v + block.v[j] + head_k * params.v.head_stride;
-    if (next_block != nullptr) {
-      next_keys[j] = k + next_block->k[j] + next_head_k * params.k.head_stride;
-      next_values[j] = v + next_block->v[j] + next_head_k * params.v.head_stride;
-    }
-  }
-  bool prefetch = next_block != nullptr;
+  const T *keys[kDecodeBlock], *values[kDecodeBlock];
+  const T *next_keys[kDecodeBlock], *next_values[kDecodeBlock];
+  point_to_rows(task.params, block, head_k, keys, values);
+  point_to_rows(task.params, next_block, next_head_k, next_keys, next_values);
   for (int64_t row = 0; row < task.padded_rows;) {
     const int64_t left = task.padded_rows - row;
     const auto tile = left >= 4   ? &decode_tile<4, T>
                       : left == 2 ? &decode_tile<2, T>
                                   : &decode_tile<1, T>;
-    tile(task, head_k, row, first_key, block.count, keys, values, prefetch ? next_keys : nullptr,
-         prefetch ? next_values : nullptr, q + row * task.padded_dim, out + row * task.padded_dim,
+    // The first tile prefetches; for the others the next block is the one at hand.
+    tile(task, head_k, row, first_key, block.count, keys, values, row == 0 ? next_keys : keys,
+         row == 0 ? next_values : values, q + row * task.padded_dim, out + row * task.padded_dim,
          softmax + row);
-    prefetch = false;
     row += left >= 4 ? 4 : left;
   }
 }
@@ -403,14 +196,14 @@ FAP_INLINE void load_queries(const DecodeTask& task, int64_t head_k, float* q) {
     const int64_t query = task.sequence.q_begin + row / group_size;
     const int64_t head = head_k * group_size + row % group_size;
     const T* x = data + query * params.q.row_stride + head * params.q.head_stride;
-    for (int64_t c = 0; c < task.padded_dim; c += kLanes) {
+    for (int64_t c = 0; c < task.padded_dim; c += kPair) {
       const int64_t left = params.head_dim - c;
-      Vec value{};
+      VecPair value{};
       if (row < task.num_rows) {
-        value =
-            left >= kLanes ? load_float(x + c) : load_float_partial(x + c, static_cast<int>(left));
+        value = left >= kPair ? load_pair(x + c) : load_pair_partial(x + c, static_cast<int>(left));
       }
-      store(q + row * task.padded_dim + c, value * params.softmax_scale);
+      store_pair(q + row * task.padded_dim + c,
+                 {value.first * params.softmax_scale, value.second * params.softmax_scale});
     }
   }
 }
@@ -443,7 +236,7 @@ FAP_INLINE void decode_part(const DecodeTask& task, Range keys, Range heads, flo
     }
     for (int64_t head = 0; head < heads.size(); ++head) {
       const bool last_head = head + 1 == heads.size();
-      const BlockRows* next_block = !last_head ? &block : last ? nullptr : &next;
+      const BlockRows& next_block = !last_head || last ? block : next;
       decode_block<T>(task, heads.begin + head, begin, block, next_block,
                       last_head ? heads.begin : heads.begin + head + 1, q + head * head_size,
                       out + head * head_size, softmax + head * task.padded_rows);
@@ -482,16 +275,18 @@ FAP_INLINE void finish_row(const DecodeTask& task, int64_t head_k, int64_t row, 
 
   T* result = static_cast<T*>(params.out.data) + task.batch * params.out.batch_stride +
               q_row * params.out.row_stride + head * params.out.head_stride;
-  for (int64_t c = 0; c < params.head_dim; c += kLanes) {
-    Vec sum = splat(empty);
+  for (int64_t c = 0; c < params.head_dim; c += kPair) {
+    VecPair sum{splat(empty), splat(empty)};
     for (int i = 0; i < num_parts; ++i) {
-      sum = fma(splat(weights[i]), load(out + i * out_stride + c), sum);
+      const VecPair part = load_pair(out + i * out_stride + c);
+      sum.first = fma(splat(weights[i]), part.first, sum.first);
+      sum.second = fma(splat(weights[i]), part.second, sum.second);
     }
     const int64_t left = params.head_dim - c;
-    if (left >= kLanes) {
-      store_float(result + c, sum);
+    if (left >= kPair) {
+      store_pair(result + c, sum);
     } else {
-      store_float_partial(result + c, sum, static_cast<int>(left));
+      store_pair_partial(result + c, sum, static_cast<int>(left));
     }
   }
 }
@@ -508,7 +303,7 @@ FAP_INLINE DecodeTask decode_task(const ForwardParams& params, int64_t batch) {
           sequence.mask(params),
           rows,
           padded_decode_rows(rows),
-          (params.head_dim + kLanes - 1) / kLanes * kLanes};
+          (params.head_dim + kPair - 1) / kPair * kPair};
 }
 
 // Keys that the rows of a sequence see, and into how many parts they are cut; 0 when decode() does
@@ -538,7 +333,7 @@ FAP_INLINE int64_t find_interval(const int64_t* begins, int64_t count, int64_t i
 
 template <typename T>
 void decode_sequences(const ForwardParams& params) {
-  const int64_t padded_dim = (params.head_dim + kLanes - 1) / kLanes * kLanes;
+  const int64_t padded_dim = (params.head_dim + kPair - 1) / kPair * kPair;
   const auto aligned = [](int64_t bytes) { return (bytes + 63) / 64 * 64; };
 
   // Sizes: parts, rows of the partial results of sequences that are cut, and the largest sequence.
