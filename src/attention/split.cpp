@@ -64,6 +64,7 @@ float merge_lse(const PartialSoftmax* parts, int num_parts, float* weights) {
     sum += static_cast<double>(weights[i]) * parts[i].sum;
   }
   if (max == -kInfinity) return -kInfinity;
+  if (max == kInfinity) return kInfinity;  // the weights are NaN, as those of inf / inf are
   const double inverse = 1.0 / sum;
   for (int i = 0; i < num_parts; ++i) weights[i] = static_cast<float>(weights[i] * inverse);
   return static_cast<float>(max + std::log(sum));

@@ -145,25 +145,21 @@ FAP_INLINE bool any(VecI mask) {
 }
 
 // Reductions over the lanes, by halves: the order is fixed.
+template <int kHalf = kLanes / 2>
 FAP_INLINE float reduce_add(Vec v) {
-  float lane[kLanes];
-  store(lane, v);
-#pragma GCC unroll 8
-  for (int half = kLanes / 2; half > 0; half /= 2) {
-#pragma GCC unroll 8
-    for (int i = 0; i < half; ++i) lane[i] += lane[i + half];
+  if constexpr (kHalf == 0) {
+    return v[0];
+  } else {
+    return reduce_add<kHalf / 2>(v + __builtin_shuffle(v, lane_index() ^ kHalf));
   }
-  return lane[0];
 }
+template <int kHalf = kLanes / 2>
 FAP_INLINE float reduce_max(Vec v) {
-  float lane[kLanes];
-  store(lane, v);
-#pragma GCC unroll 8
-  for (int half = kLanes / 2; half > 0; half /= 2) {
-#pragma GCC unroll 8
-    for (int i = 0; i < half; ++i) lane[i] = lane[i] > lane[i + half] ? lane[i] : lane[i + half];
+  if constexpr (kHalf == 0) {
+    return v[0];
+  } else {
+    return reduce_max<kHalf / 2>(max(v, __builtin_shuffle(v, lane_index() ^ kHalf)));
   }
-  return lane[0];
 }
 
 }  // namespace flash_attn_plus::cpu::FAP_ISA
