@@ -108,7 +108,7 @@ def attention(
 
 
 def _softmax(scores, visible, s_aux):
-    """Softmax over the visible scores and the sink: p (b, h, sq, sk) of the keys, lse (b, h, sq)."""
+    """Softmax over visible scores and the sink: p (b, h, sq, sk) of the keys, lse (b, h, sq)."""
     batch, heads, sq, _ = scores.shape
     sees_nothing = ~visible.any(dim=-1)  # (sq,)
     scores = scores.masked_fill(~visible, -math.inf)
@@ -460,7 +460,7 @@ def dropout_numbers(rng_state, batch, heads, sq, sk, *, first_batch=0):
     """The 16-bit number of every entry: numpy int64 (b, h, sq, sk).
 
     One block of Philox gives eight of them: the rows r and r + 8 of sixteen, from the low and the
-    high half of a word, and the columns c, c + 8, c + 16, c + 24 of thirty-two, from the four words.
+    high half of a word, and the columns c, c + 8, c + 16, c + 24 of thirty-two, one from each word.
     """
     seed, offset = (int(x) & 0xFFFFFFFFFFFFFFFF for x in rng_state)
     key = philox((offset & 0xFFFFFFFF, offset >> 32, 0, 0), (seed & 0xFFFFFFFF, seed >> 32))[:2]

@@ -18,7 +18,11 @@ from checks import (
 from torch.utils.checkpoint import checkpoint
 
 import flash_attn
-from flash_attn.flash_attn_interface import _flash_attn_forward, _flash_attn_varlen_forward
+from flash_attn.flash_attn_interface import (
+    _flash_attn_backward,
+    _flash_attn_forward,
+    _flash_attn_varlen_forward,
+)
 
 
 def forward(q, k, v, dropout_p, causal=False, **options):
@@ -182,8 +186,6 @@ def test_lse_has_no_dropout():
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 def test_backward_replays_the_mask(dtype):
     """Gradients under the mask that the reference makes of rng_state, through the internals."""
-    from flash_attn.flash_attn_interface import _flash_attn_backward
-
     q, k, v = Case(sq=50, sk=90, heads_k=2, dtype=dtype).inputs()
     out, lse, _, rng_state = forward(q, k, v, 0.35, True)
     dout = torch.randn(out.shape).to(dtype)
