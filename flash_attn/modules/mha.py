@@ -243,8 +243,8 @@ class MHA(nn.Module):
         if self.cross_attn:
             x_q = x if mixer_subset is None else x[:, mixer_subset]
             x_kv = x if x_kv is None else x_kv
-            mask = key_padding_mask if self.use_flash_attn else None
-            context = self._cross_attention(x_q, x_kv, mask, inference_params, **kwargs)
+            unpad_mask = key_padding_mask if self.use_flash_attn else None
+            context = self._cross_attention(x_q, x_kv, unpad_mask, inference_params, **kwargs)
         else:
             context = self._self_attention(x, inference_params, **kwargs)
         out = self._project_out(context)
@@ -277,23 +277,28 @@ class MHA(nn.Module):
             return self._attend_to_cache(q, kv, inference_params, rotated_by_cache, **kwargs)
         if not grouped:
             return self._inner(self.inner_attn, qkv.unflatten(-2, (3, self.num_heads)), **kwargs)
+        if not self.use_flash_attn:
+            # Not inner_cross_attn, which aligns a padding mask with the last query.
+            kv = kv.repeat_interleave(self.num_heads // self.num_heads_kv, dim=-2)
+            qkv = torch.cat((q.unsqueeze(-3), kv), dim=-3)
+            return self._inner(self.inner_attn, qkv, **kwargs)
         if "cu_seqlens" in kwargs:
             kwargs |= {"cu_seqlens_k": kwargs["cu_seqlens"], "max_seqlen_k": kwargs["max_seqlen"]}
         return self._inner(self.inner_cross_attn, q, kv, **kwargs)
 
-    def _cross_attention(self, x_q, x_kv, key_padding_mask, inference_params, **kwargs) -> Tensor:
-        if key_padding_mask is not None:
-            x_kv, _, cu_seqlens_k, max_seqlen_k, _ = unpad_input(x_kv, key_padding_mask)
+    def _cross_attention(self, x_q, x_kv, unpad_mask, inference_params, **kwargs) -> Tensor:
+        if unpad_mask is not None:
+            x_kv, _, cu_seqlens_k, max_seqlen_k, _ = unpad_input(x_kv, unpad_mask)
         q, kv = self.Wq(x_q), self.Wkv(x_kv)
         if self.dwconv:
-            if key_padding_mask is not None:
+            if unpad_mask is not None:
                 raise RuntimeError("key_padding_mask with use_flash_attn excludes dwconv")
             q, kv = _convolve(self.dwconv_q, q), _convolve(self.dwconv_kv, kv)
         q = q.unflatten(-1, (self.num_heads, self.head_dim))
         kv = kv.unflatten(-1, (2, self.num_heads_kv, self.head_dim))
         if inference_params is not None:
             return self._attend_to_cache(q, kv, inference_params, False, **kwargs)
-        if key_padding_mask is None:
+        if unpad_mask is None:
             return self._inner(self.inner_cross_attn, q, kv, **kwargs)
         batch, seqlen = q.shape[:2]
         context = self._inner(
