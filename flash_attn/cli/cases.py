@@ -93,7 +93,7 @@ class Case:
     def cache_bytes(self):
         """Keys and values that a decode step reads."""
         size = DTYPES[self.dtype].itemsize
-        return 2 * self.batch * self.heads_k * self.seqlen * self.head_dim * size
+        return 2 * sum(self.lengths()) * self.heads_k * self.head_dim * size
 
 
 def _clipped_sum(length, limit):
@@ -120,9 +120,10 @@ class Inputs:
         # Each side gets its own natural layout: (b, s, h, d) here, (b, h, s, d) for the peer.
         self.peer_tensors = [t.transpose(1, 2).contiguous() for t in self.dense]
         self.tensors = self.dense
+        self.cache_seqlens = case.seqlen
         if self.features.varlen:
-            lengths = torch.tensor(case.lengths(), dtype=torch.int32)
-            self.cu_seqlens = F.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0)).to(device)
+            self.cache_seqlens = torch.tensor(case.lengths(), dtype=torch.int32, device=device)
+            self.cu_seqlens = F.pad(self.cache_seqlens.cumsum(0, dtype=torch.int32), (1, 0))
             self.tensors = [
                 torch.cat([t[i, :n] for i, n in enumerate(case.lengths())]) for t in self.dense
             ]
@@ -151,7 +152,8 @@ class Inputs:
 
     def _peer_keywords(self, seqlen_q):
         f, seqlen = self.features, self.case.seqlen
-        keywords = {"dropout_p": f.dropout, "enable_gqa": f.gqa > 1}
+        dropout_p = 0.0 if self.case.kind == "decode" else f.dropout
+        keywords = {"dropout_p": dropout_p, "enable_gqa": f.gqa > 1}
         masked = f.window >= 0 or f.alibi
         if not masked:
             # One query row sees the whole cache, and torch aligns its causal mask at the top left.
@@ -182,7 +184,7 @@ class Inputs:
 
     def decode(self):
         return flash_attn.flash_attn_with_kvcache(
-            *self.tensors, cache_seqlens=self.case.seqlen, **self.keywords
+            *self.dense, cache_seqlens=self.cache_seqlens, **self.keywords
         )
 
     def plain(self):

@@ -1,4 +1,4 @@
-"""The benchmark's picture: one panel for each kind, bars of the ratio to the peer."""
+"""The benchmark's picture: a panel for each kind, bars from 1 to the ratio to the peer."""
 
 _COLORS = {"float32": "#4c72b0", "bfloat16": "#dd8452", "float16": "#55a868"}
 
@@ -37,14 +37,17 @@ def save(rows, facts, peer, path):
             shift = (index + 0.5) * height - 0.4
             places = [names[kind].index(row["case"]) + shift for row in chosen]
             ratios = [row["ratio"] for row in chosen]
-            bars = axes.barh(places, ratios, height, color=_COLORS[dtype], label=dtype)
-            axes.bar_label(bars, fmt="%.2f", padding=2, fontsize=7)
+            widths = [ratio - 1 for ratio in ratios]
+            bars = axes.barh(places, widths, height, 1, color=_COLORS[dtype], label=dtype)
+            axes.bar_label(bars, [f"{ratio:.2f}" for ratio in ratios], padding=2, fontsize=7)
+        axes.set_xscale("log")
+        axes.xaxis.set_major_formatter("{x:g}")
         axes.axvline(1, color="black", linewidth=0.8)
         axes.set_yticks(range(len(names[kind])), names[kind], fontsize=8)
         axes.invert_yaxis()
         axes.set_title(kind, fontsize=9, loc="left")
     panels[0, 0].legend(fontsize=8)
-    panels[0, 0].margins(x=0.08)
+    panels[0, 0].margins(x=0.1)
     panels[-1, 0].set_xlabel(f"times faster than {peer} (median of alternating rounds)")
     figure.suptitle(f"{facts['device']}, {facts['threads']} threads", fontsize=10)
     figure.savefig(path, dpi=120)
