@@ -11,6 +11,7 @@ def save(rows, facts, peer, path):
         return False
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.ticker import LogLocator, NullLocator
 
     rows = [row for row in rows if "ratio" in row]
     if not rows:
@@ -41,15 +42,22 @@ def save(rows, facts, peer, path):
             bars = axes.barh(places, widths, height, 1, color=_COLORS[dtype], label=dtype)
             axes.bar_label(bars, [f"{ratio:.2f}" for ratio in ratios], padding=2, fontsize=7)
         axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_locator(NullLocator())
         axes.axvline(1, color="black", linewidth=0.8)
         axes.set_yticks(range(len(names[kind])), names[kind], fontsize=8)
         axes.invert_yaxis()
         axes.set_title(kind, fontsize=9, loc="left")
-    panels[0, 0].legend(fontsize=8)
-    panels[0, 0].margins(x=0.1)
+    ratios = [row["ratio"] for row in rows]
+    panels[0, 0].set_xlim(0.8 * min(1, *ratios), 1.3 * max(1, *ratios))
+    figure.legend(
+        *panels[0, 0].get_legend_handles_labels(), loc="outside upper right", fontsize=8, ncols=3
+    )
     panels[-1, 0].set_xlabel(f"times faster than {peer} (median of alternating rounds)")
-    figure.suptitle(f"{facts['device']}, {facts['threads']} threads", fontsize=10)
+    figure.suptitle(
+        f"{facts['device']}, {facts['threads']} threads", fontsize=10, x=0.02, ha="left"
+    )
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
     return True
