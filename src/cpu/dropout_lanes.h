@@ -44,12 +44,8 @@ struct DropoutLanes {
   }
 };
 
-// The words of columns c, c + 8, c + 16 and c + 24 with c = 32 * (column_counter / 8) +
-// column_counter % 8, column_counter being dropout_column_counter() of any of the four.
-FAP_INLINE void dropout_words(const Dropout& dropout, const DropoutLanes& lanes, int64_t batch,
-                              uint32_t column_counter, VecU word[4]) {
-  VecU counter[4] = {lanes.row_counter, splat(column_counter), lanes.head,
-                     splat(static_cast<uint32_t>(batch))};
+// One Philox block a lane, in place; see attention/dropout.h.
+FAP_INLINE void philox(const Dropout& dropout, VecU (&counter)[4]) {
   uint32_t key0 = dropout.key[0], key1 = dropout.key[1];
 #pragma GCC unroll 8
   for (int round = 0; round < kPhiloxRounds; ++round) {
@@ -63,6 +59,15 @@ FAP_INLINE void dropout_words(const Dropout& dropout, const DropoutLanes& lanes,
     key0 += kPhiloxWeyl0;
     key1 += kPhiloxWeyl1;
   }
+}
+
+// The words of columns c, c + 8, c + 16 and c + 24 with c = 32 * (column_counter / 8) +
+// column_counter % 8, column_counter being dropout_column_counter() of any of the four.
+FAP_INLINE void dropout_words(const Dropout& dropout, const DropoutLanes& lanes, int64_t batch,
+                              uint32_t column_counter, VecU word[4]) {
+  VecU counter[4] = {lanes.row_counter, splat(column_counter), lanes.head,
+                     splat(static_cast<uint32_t>(batch))};
+  philox(dropout, counter);
   for (int i = 0; i < 4; ++i) word[i] = counter[i];
 }
 
