@@ -83,8 +83,9 @@ def main():
             f"{1e3 * t.ours_seconds:7.2f} ({1e3 * t.peer_seconds:.2f})".ljust(16) for t in timings
         )
         print(f"{str(dtype)[6:]:9} {shown}  {times}", flush=True)
-        # Inputs, probabilities and results are rounded to the dtype: a few units in the last place.
-        if not max(errors) < 4 * torch.finfo(dtype).eps:
+        # Rounding the results to 16 bits is half a unit at most; float32 adds up 2048 products.
+        units = 16 if dtype == torch.float32 else 1
+        if not max(errors) < units * torch.finfo(dtype).eps:
             raise SystemExit(f"FAILED: the error in {dtype} is too large")
     print("\nEvery result agrees with float64.")
 
