@@ -93,12 +93,13 @@ FAP_INLINE void gemm_tiles(int k, BFloat16Matrix a, BFloat16Matrix b, float* c, 
     if constexpr (kM == 2) _tile_zero(2);
     if constexpr (kM == 2 && kN == 2) _tile_zero(3);
   }
+  // The smallest products first, while the sum is small: their roundings then hardly count.
 #pragma GCC unroll 3
-  for (int a_part = 0; a_part < kNumParts; ++a_part) {
+  for (int order = kNumParts - 1; order >= 0; --order) {
 #pragma GCC unroll 3
-    for (int b_part = 0; a_part + b_part < kNumParts; ++b_part) {
+    for (int a_part = 0; a_part <= order; ++a_part) {
       const BFloat16* a_data = a.data + a_part * a.part_stride;
-      const BFloat16* b_data = b.data + b_part * b.part_stride;
+      const BFloat16* b_data = b.data + (order - a_part) * b.part_stride;
       for (int i = 0; i < k; i += 32) {
         _tile_loadd(4, a_data, a_bytes);
         _tile_loadd(6, b_data, b_bytes);
@@ -123,6 +124,26 @@ FAP_INLINE void gemm_tiles(int k, BFloat16Matrix a, BFloat16Matrix b, float* c, 
   if constexpr (kM == 2 && kN == 2) _tile_stored(3, c + 16 * ldc + 16, c_bytes);
 }
 
+// As gemm_tiles; a float's product is summed apart from C, which is added once at the end: six
+// products that were each added to C would round to its magnitude three times as often as
+// multiply-adds do.
+template <int kNumParts, int kM, int kN>
+FAP_INLINE void gemm_block(int k, BFloat16Matrix a, BFloat16Matrix b, float* c, int64_t ldc,
+                           bool accumulate) {
+  if (kNumParts < 3 || !accumulate) {
+    gemm_tiles<kNumParts, kM, kN>(k, a, b, c, ldc, accumulate);
+    return;
+  }
+  alignas(64) float sum[16 * kM][16 * kN];
+  gemm_tiles<kNumParts, kM, kN>(k, a, b, sum[0], 16 * kN, false);
+  for (int row = 0; row < 16 * kM; ++row) {
+    for (int j = 0; j < 16 * kN; j += 16) {
+      float* p = c + row * ldc + j;
+      store(p, load(p) + load(&sum[row][j]));
+    }
+  }
+}
+
 // C (m, n) = or += A (m, k) B (k, n), with tiles configured (AmxTiles).
 template <int kNumParts>
 inline void gemm(int m, int n, int k, BFloat16Matrix a, BFloat16Matrix b, float* c, int64_t ldc,
@@ -134,13 +155,13 @@ inline void gemm(int m, int n, int k, BFloat16Matrix a, BFloat16Matrix b, float*
     for (int j = 0; j < n; j += 32, b_columns.data += 64, c_block += 32) {
       const bool two_columns = j + 16 < n;
       if (two_rows && two_columns) {
-        gemm_tiles<kNumParts, 2, 2>(k, a, b_columns, c_block, ldc, accumulate);
+        gemm_block<kNumParts, 2, 2>(k, a, b_columns, c_block, ldc, accumulate);
       } else if (two_rows) {
-        gemm_tiles<kNumParts, 2, 1>(k, a, b_columns, c_block, ldc, accumulate);
+        gemm_block<kNumParts, 2, 1>(k, a, b_columns, c_block, ldc, accumulate);
       } else if (two_columns) {
-        gemm_tiles<kNumParts, 1, 2>(k, a, b_columns, c_block, ldc, accumulate);
+        gemm_block<kNumParts, 1, 2>(k, a, b_columns, c_block, ldc, accumulate);
       } else {
-        gemm_tiles<kNumParts, 1, 1>(k, a, b_columns, c_block, ldc, accumulate);
+        gemm_block<kNumParts, 1, 1>(k, a, b_columns, c_block, ldc, accumulate);
       }
     }
   }
