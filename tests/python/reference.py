@@ -86,23 +86,32 @@ def attention(
     and lse +inf, or lse = sink where there is one.
     """
     q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
-    sq, sk = q.shape[1], k.shape[1]
-    group_size = q.shape[2] // k.shape[2]
-    visible = visible_keys(sq, sk, causal, window_size)
-
+    options = {
+        "softmax_scale": softmax_scale,
+        "softcap": softcap,
+        "alibi_slopes": alibi_slopes,
+        "visible": visible_keys(q.shape[1], k.shape[1], causal, window_size),
+        "dropout_p": dropout_p,
+        "keep_mask": keep_mask,
+    }
     if not all(bool(x.isfinite().all()) for x in (q, k, v)):
         # A query does not look at the keys that it does not see. With numbers that follows from
         # p = 0; with NaN or inf it does not, so these inputs go pair by pair.
-        return _attention_by_pairs(
-            q, k, v, visible, softmax_scale, softcap, alibi_slopes, s_aux, dropout_p, keep_mask
-        )
+        return _attention_by_pairs(q, k, v, s_aux, **options)
+    if dtype == torch.float64:
+        return _attention(q, k, v, s_aux, **options)
+    return _WithFlashGradients.apply(q, k, v, s_aux, options)
 
+
+def _attention(
+    q, k, v, s_aux, *, softmax_scale, softcap, alibi_slopes, visible, dropout_p, keep_mask
+):
     scores = attention_scores(
         q, k, softmax_scale=softmax_scale, softcap=softcap, alibi_slopes=alibi_slopes
     )
     p, lse = _softmax(scores, visible, s_aux)
     p = _dropout(p, dropout_p, keep_mask)
-    v = v.repeat_interleave(group_size, dim=2)
+    v = v.repeat_interleave(q.shape[2] // k.shape[2], dim=2)
     out = torch.einsum("bhij,bjhd->bihd", p.to(v.dtype), v)
     return out, lse
 
@@ -110,6 +119,7 @@ def attention(
 def _softmax(scores, visible, s_aux):
     """Softmax over visible scores and the sink: p (b, h, sq, sk) of the keys, lse (b, h, sq)."""
     batch, heads, sq, _ = scores.shape
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
     sees_nothing = ~visible.any(dim=-1)  # (sq,)
     scores = scores.masked_fill(~visible, -math.inf)
     terms = scores
@@ -133,9 +143,9 @@ def _dropout(p, dropout_p, keep_mask):
 
 
 def _attention_by_pairs(
-    q, k, v, visible, softmax_scale, softcap, alibi_slopes, s_aux, dropout_p, keep_mask
+    q, k, v, s_aux, *, softmax_scale, softcap, alibi_slopes, visible, dropout_p, keep_mask
 ):
-    """As `attention`, with every (query, key) pair that is not visible taken out of the sums."""
+    """As `_attention`, with every (query, key) pair that is not visible taken out of the sums."""
     batch, sq, heads, head_dim = q.shape
     sk, heads_k = k.shape[1], k.shape[2]
     scale = head_dim**-0.5 if softmax_scale is None else softmax_scale
@@ -154,6 +164,74 @@ def _attention_by_pairs(
     p = _dropout(p, dropout_p, keep_mask)
     out = (p.to(v.dtype)[..., None] * v_pairs).sum(-2).transpose(1, 2)
     return out, lse
+
+
+class _WithFlashGradients(torch.autograd.Function):
+    """`_attention` with the gradients that every FlashAttention computes, written out.
+
+    p is computed again from lse, and D = rowsum(dO * O) takes the place of rowsum(p * dP). In exact
+    arithmetic that is the same, which test_reference.py checks; in a short type it is not:
+    autograd, which keeps p, is exact where these differences cancel. So this, not autograd, is the
+    naive computation that errors are measured against.
+    """
+
+    @staticmethod
+    def forward(ctx, q, k, v, s_aux, options):
+        out, lse = _attention(q, k, v, s_aux, **options)
+        ctx.save_for_backward(q, k, v, s_aux, out, lse)
+        ctx.options = options
+        return out, lse
+
+    @staticmethod
+    def backward(ctx, dout, dlse):
+        q, k, v, s_aux, out, lse = ctx.saved_tensors
+        return *flash_gradients(q, k, v, s_aux, out, lse, dout, dlse, **ctx.options), None
+
+
+def flash_gradients(
+    q,
+    k,
+    v,
+    s_aux,
+    out,
+    lse,
+    dout,
+    dlse,
+    *,
+    softmax_scale,
+    softcap,
+    alibi_slopes,
+    visible,
+    dropout_p,
+    keep_mask,
+):
+    """dq, dk, dv and ds_aux (or None) by the formulas of FlashAttention, in the dtype of q."""
+    dtype, group_size = q.dtype, q.shape[2] // k.shape[2]
+    scale = q.shape[3] ** -0.5 if softmax_scale is None else softmax_scale
+    k_heads, v_heads = (x.repeat_interleave(group_size, dim=2) for x in (k, v))
+    scores = attention_scores(
+        q, k, softmax_scale=softmax_scale, softcap=softcap, alibi_slopes=alibi_slopes
+    )
+    scores = scores.to(lse.dtype).masked_fill(~visible, -math.inf)
+    p = torch.exp(scores - lse[..., None])
+    dropped = _dropout(p, dropout_p, keep_mask)
+    dv = torch.einsum("bhij,bihd->bjhd", dropped.to(dtype), dout)
+    dp = torch.einsum("bihd,bjhd->bhij", dout, v_heads).to(lse.dtype)
+    dp = _dropout(dp, dropout_p, keep_mask)
+    row_sums = (dout * out).to(lse.dtype).sum(-1).transpose(1, 2) - dlse  # D
+    ds = p * (dp - row_sums[..., None])
+    if softcap > 0:
+        plain = attention_scores(q, k, softmax_scale=softmax_scale).to(lse.dtype)
+        ds = ds * (1 - torch.tanh(plain / softcap) ** 2)
+    ds = ds.to(dtype)
+    dq = scale * torch.einsum("bhij,bjhd->bihd", ds, k_heads)
+    dk = scale * torch.einsum("bhij,bihd->bjhd", ds, q)
+    dk, dv = (x.unflatten(2, (-1, group_size)).sum(3) for x in (dk, dv))
+    ds_aux = None
+    if s_aux is not None:
+        weight = torch.exp(s_aux.to(lse.dtype)[:, None] - lse)
+        ds_aux = -(weight * row_sums).sum((0, 2)).to(s_aux.dtype)
+    return dq, dk, dv, ds_aux
 
 
 def varlen_attention(
