@@ -6,7 +6,12 @@ import os
 
 import torch
 from torch import Tensor
-from torch._C import _are_functorch_transforms_active, _is_tracing, _len_torch_dispatch_stack
+from torch._C import (
+    _are_functorch_transforms_active,
+    _is_any_autocast_enabled,
+    _is_tracing,
+    _len_torch_dispatch_stack,
+)
 from torch.autograd import _profiler_enabled
 from torch.compiler import is_compiling
 
@@ -40,11 +45,15 @@ def prepare(*tensors: Tensor) -> tuple[Tensor, ...]:
 
     Autocast treats them as it treats those of `scaled_dot_product_attention`.
     """
-    device = tensors[0].device.type
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-        tensors = [x.to(dtype) if _autocasts(x) else x for x in tensors]
-    return [x if x.stride(-1) == 1 else x.contiguous() for x in tensors]
+    if _is_any_autocast_enabled():
+        device = tensors[0].device.type
+        if torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+            tensors = [x.to(dtype) if _autocasts(x) else x for x in tensors]
+    for x in tensors:
+        if not x.is_contiguous():  # a flag, and faster to ask for than a stride
+            return [maybe_contiguous(x) for x in tensors]
+    return tensors
 
 
 def _autocasts(x: Tensor) -> bool:
@@ -53,7 +62,7 @@ def _autocasts(x: Tensor) -> bool:
 
 def prepare_for_cache(k_cache: Tensor, *tensors: Tensor | None) -> list[Tensor | None]:
     """As `prepare`, but autocast's dtype is the cache's, which is written and cannot be cast."""
-    if torch.is_autocast_enabled(k_cache.device.type):
+    if _is_any_autocast_enabled() and torch.is_autocast_enabled(k_cache.device.type):
         dtype = k_cache.dtype
         tensors = [x.to(dtype) if x is not None and _autocasts(x) else x for x in tensors]
     return [maybe_contiguous(x) for x in tensors]
@@ -99,6 +108,13 @@ def needs_grad(*tensors: Tensor | None) -> bool:
             if x is not None and x.requires_grad:
                 return True
     return False
+
+
+def records(*tensors: Tensor | None) -> bool:
+    """Whether an autograd function records the call. Function transforms take the op's gradient."""
+    if not torch.is_grad_enabled():
+        return False
+    return needs_grad(*tensors) and not _are_functorch_transforms_active()
 
 
 def draw_rng_state(device: torch.device) -> Tensor:

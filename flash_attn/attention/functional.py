@@ -8,17 +8,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch._C import _are_functorch_transforms_active
 
 from flash_attn.attention import arguments, autograd
-from flash_attn.attention.arguments import needs_grad, prepare
+from flash_attn.attention.arguments import prepare, records
 from flash_attn.attention.cache import with_kvcache
 from flash_attn.attention.calls import run_forward
-
-
-def _records(*tensors: Tensor | None) -> bool:
-    """Whether an autograd function records the call. Function transforms take the op's gradient."""
-    return needs_grad(*tensors) and not _are_functorch_transforms_active()
 
 
 def _results(q: Tensor, results, return_attn_probs: bool):
@@ -80,7 +74,7 @@ def flash_attn_func(
         ImportError: no backend for the device is installed.
     """
     q, k, v = prepare(q, k, v)
-    if _records(q, k, v, s_aux):
+    if records(q, k, v, s_aux):
         return autograd.FlashAttnFunc.apply(
             q,
             k,
@@ -132,7 +126,7 @@ def flash_attn_kvpacked_func(
         The others, results and errors are those of `flash_attn_func`.
     """
     q, kv = prepare(q, kv)
-    if _records(q, kv, s_aux):
+    if records(q, kv, s_aux):
         return autograd.FlashAttnKVPackedFunc.apply(
             q,
             kv,
@@ -181,7 +175,7 @@ def flash_attn_qkvpacked_func(
         The others, results and errors are those of `flash_attn_func`.
     """
     (qkv,) = prepare(qkv)
-    if _records(qkv, s_aux):
+    if records(qkv, s_aux):
         return autograd.FlashAttnQKVPackedFunc.apply(
             qkv,
             dropout_p,
@@ -249,7 +243,7 @@ def flash_attn_varlen_func(
         Rows of out beyond cu_seqlens_q[-1] are 0, and so are the gradients of such rows.
     """
     q, k, v = prepare(q, k, v)
-    if _records(q, k, v, s_aux):
+    if records(q, k, v, s_aux):
         return autograd.FlashAttnVarlenFunc.apply(
             q,
             k,
@@ -313,7 +307,7 @@ def flash_attn_varlen_kvpacked_func(
         The others, results and errors are those of `flash_attn_varlen_func`.
     """
     q, kv = prepare(q, kv)
-    if _records(q, kv, s_aux):
+    if records(q, kv, s_aux):
         return autograd.FlashAttnVarlenKVPackedFunc.apply(
             q,
             kv,
@@ -372,7 +366,7 @@ def flash_attn_varlen_qkvpacked_func(
         The others, results and errors are those of `flash_attn_varlen_func`.
     """
     (qkv,) = prepare(qkv)
-    if _records(qkv, s_aux):
+    if records(qkv, s_aux):
         return autograd.FlashAttnVarlenQKVPackedFunc.apply(
             qkv,
             cu_seqlens,

@@ -15,15 +15,18 @@ from flash_attn.backends.interface import Options, Sequences
 # The CPU has no streams.
 _NO_STREAM = 0
 
+# `new_empty` of a tensor of the right dtype is the cheapest way to a new one.
+_FLOAT32 = torch.empty(0, dtype=torch.float32)
+
 
 def _row_vector(q: Tensor, variable_length: bool) -> Tensor:
     """An uninitialised float32 for each query row: (b, h, sq), or (h, tq) for variable length."""
     try:
         if variable_length:
             total_q, num_heads, _ = q.shape
-            return q.new_empty((num_heads, total_q), dtype=torch.float32)
+            return _FLOAT32.new_empty(num_heads, total_q)
         batch, seqlen_q, num_heads, _ = q.shape
-        return q.new_empty((batch, num_heads, seqlen_q), dtype=torch.float32)
+        return _FLOAT32.new_empty(batch, num_heads, seqlen_q)
     except ValueError:
         expected = (
             "(total_q, num_heads, head_dim)"
@@ -60,8 +63,20 @@ def forward(
             block_table,
             num_splits,
         ) = sequences
+    (
+        softmax_scale,
+        causal,
+        window_left,
+        window_right,
+        softcap,
+        alibi_slopes,
+        s_aux,
+        dropout_p,
+        rng_state,
+        _,
+    ) = options
     s_dmask = None
-    if return_s_dmask and options.dropout_p > 0:
+    if return_s_dmask and dropout_p > 0:
         if sequences is None:
             shape = (*softmax_lse.shape, k.shape[1])
         else:
@@ -79,17 +94,17 @@ def forward(
         seqused_k,
         leftpad_k,
         block_table,
-        options.alibi_slopes,
-        options.s_aux,
-        options.rng_state,
+        alibi_slopes,
+        s_aux,
+        rng_state,
         max_seqlen_q,
         max_seqlen_k,
-        options.softmax_scale,
-        options.softcap,
-        options.dropout_p,
-        options.window_left,
-        options.window_right,
-        options.causal,
+        softmax_scale,
+        softcap,
+        dropout_p,
+        window_left,
+        window_right,
+        causal,
         num_splits,
         get_num_threads(),
         _NO_STREAM,
