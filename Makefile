@@ -140,7 +140,7 @@ format: $(VENV)/.tools  ## format C++ and Python
 
 .PHONY: clean
 clean:  ## remove what was built; .venv stays (distclean removes it too)
-	rm -rf build dist flash_attn/lib .coverage .pytest_cache .ruff_cache .hypothesis $(VENV)/.package
+	rm -rf build dist flash_attn/lib flash_attn/include .coverage .pytest_cache .ruff_cache .hypothesis $(VENV)/.package
 
 .PHONY: distclean
 distclean: clean

@@ -1,4 +1,4 @@
-"""Loads the C++ core. Its functions take the fields of the structs of `flash_attn_plus/attention.h`."""
+"""Loads the C++ core. Its functions take the fields of the structs of `attention.h`."""
 
 import os
 from pathlib import Path
@@ -26,7 +26,9 @@ def _library_path() -> Path:
         if candidate.exists():
             return candidate
     looked_for = ", ".join(map(str, candidates))
-    raise ImportError(f"flash_attn: the core library is missing; looked for {looked_for}. {_REINSTALL}")
+    raise ImportError(
+        f"flash_attn: the core library is missing; looked for {looked_for}. {_REINSTALL}"
+    )
 
 
 def _load():

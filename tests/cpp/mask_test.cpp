@@ -3,6 +3,7 @@
 
 #include <gtest/gtest.h>
 
+#include <sstream>
 #include <string>
 #include <tuple>
 
@@ -78,15 +79,22 @@ TEST_P(MaskTest, RangesStayInsideTheSequence) {
   }
 }
 
-INSTANTIATE_TEST_SUITE_P(
-    Shapes, MaskTest,
-    testing::Combine(testing::Values(1, 5, 12), testing::Values(0, 1, 5, 12),
-                     testing::Values(-1, 0, 3, 20), testing::Values(-1, 0, 2, 20)),
-    [](const auto& info) {
-      const auto name = [](int value) { return value < 0 ? "inf" : std::to_string(value); };
-      return "q" + name(std::get<0>(info.param)) + "_k" + name(std::get<1>(info.param)) + "_left_" +
-             name(std::get<2>(info.param)) + "_right_" + name(std::get<3>(info.param));
-    });
+INSTANTIATE_TEST_SUITE_P(Shapes, MaskTest,
+                         testing::Combine(testing::Values(1, 5, 12), testing::Values(0, 1, 5, 12),
+                                          testing::Values(-1, 0, 3, 20),
+                                          testing::Values(-1, 0, 2, 20)),
+                         [](const auto& info) {
+                           std::ostringstream name;
+                           const auto add = [&](const char* what, int value) {
+                             name << what;
+                             value < 0 ? name << "inf" : name << value;
+                           };
+                           add("q", std::get<0>(info.param));
+                           add("_k", std::get<1>(info.param));
+                           add("_left_", std::get<2>(info.param));
+                           add("_right_", std::get<3>(info.param));
+                           return name.str();
+                         });
 
 }  // namespace
 }  // namespace flash_attn_plus
