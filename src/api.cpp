@@ -100,7 +100,10 @@ const char* fap_cpu_isa(void) {
 const char* fap_cpu_isas(void) {
   static const std::string names = [] {
     std::string joined;
-    for (const std::string& isa : cpu::runnable_isas()) joined += (joined.empty() ? "" : ",") + isa;
+    for (const std::string& isa : cpu::runnable_isas()) {
+      if (!joined.empty()) joined += ",";
+      joined += isa;
+    }
     return joined;
   }();
   return names.c_str();

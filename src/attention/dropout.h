@@ -10,6 +10,8 @@
 #include <cmath>
 #include <cstdint>
 
+#include "attention/shared.h"
+
 namespace flash_attn_plus {
 
 constexpr int kPhiloxRounds = 7;
@@ -19,8 +21,8 @@ constexpr uint32_t kPhiloxWeyl0 = 0x9E3779B9u;
 constexpr uint32_t kPhiloxWeyl1 = 0xBB67AE85u;
 
 // Philox-4x32 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011).
-constexpr std::array<uint32_t, 4> philox(std::array<uint32_t, 4> counter,
-                                         std::array<uint32_t, 2> key) {
+FAP_SHARED constexpr std::array<uint32_t, 4> philox(std::array<uint32_t, 4> counter,
+                                                    std::array<uint32_t, 2> key) {
   for (int round = 0; round < kPhiloxRounds; ++round) {
     const uint64_t product0 = uint64_t{kPhiloxMultiplier0} * counter[0];
     const uint64_t product1 = uint64_t{kPhiloxMultiplier1} * counter[2];
@@ -39,14 +41,14 @@ struct Dropout {
   uint32_t threshold = 65536;  // an entry is kept iff its 16-bit number is below
   float scale = 1.0f;          // 1 / (1 - p)
 
-  constexpr bool enabled() const { return threshold < 65536; }
+  FAP_SHARED constexpr bool enabled() const { return threshold < 65536; }
 };
 
 // Below this probability dropout is off (diffusers passes 1e-30 to get the log-sum-exp).
 constexpr double kMinDropoutP = 1.0 / (1 << 20);
 
 // One Philox block turns (seed, offset) into the key of the call.
-inline Dropout make_dropout(double p, uint64_t seed, uint64_t offset) {
+FAP_SHARED Dropout make_dropout(double p, uint64_t seed, uint64_t offset) {
   Dropout dropout;
   if (!(p >= kMinDropoutP)) return dropout;
   const auto block =
@@ -59,16 +61,16 @@ inline Dropout make_dropout(double p, uint64_t seed, uint64_t offset) {
 }
 
 // Counters of the block that holds (row, column): word 0 and word 1.
-constexpr uint32_t dropout_row_counter(int64_t row) {
+FAP_SHARED constexpr uint32_t dropout_row_counter(int64_t row) {
   return static_cast<uint32_t>((row >> 4) * 8 + (row & 7));
 }
-constexpr uint32_t dropout_column_counter(int64_t column) {
+FAP_SHARED constexpr uint32_t dropout_column_counter(int64_t column) {
   return static_cast<uint32_t>((column >> 5) * 8 + (column & 7));
 }
 
 // The 16-bit number of one entry.
-constexpr uint32_t dropout_number(const Dropout& dropout, int64_t batch, int64_t head, int64_t row,
-                                  int64_t column) {
+FAP_SHARED constexpr uint32_t dropout_number(const Dropout& dropout, int64_t batch, int64_t head,
+                                             int64_t row, int64_t column) {
   const auto block = philox({dropout_row_counter(row), dropout_column_counter(column),
                              static_cast<uint32_t>(head), static_cast<uint32_t>(batch)},
                             dropout.key);
@@ -76,8 +78,8 @@ constexpr uint32_t dropout_number(const Dropout& dropout, int64_t batch, int64_t
   return (row & 8) ? word >> 16 : word & 0xFFFFu;
 }
 
-constexpr bool dropout_keeps(const Dropout& dropout, int64_t batch, int64_t head, int64_t row,
-                             int64_t column) {
+FAP_SHARED constexpr bool dropout_keeps(const Dropout& dropout, int64_t batch, int64_t head,
+                                        int64_t row, int64_t column) {
   return dropout_number(dropout, batch, head, row, column) < dropout.threshold;
 }
 

@@ -8,14 +8,16 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "attention/shared.h"
+
 namespace flash_attn_plus {
 
 // A half-open range of rows or columns, empty when begin >= end.
 struct Range {
   int64_t begin = 0;
   int64_t end = 0;
-  constexpr bool empty() const { return begin >= end; }
-  constexpr int64_t size() const { return empty() ? 0 : end - begin; }
+  FAP_SHARED constexpr bool empty() const { return begin >= end; }
+  FAP_SHARED constexpr int64_t size() const { return empty() ? 0 : end - begin; }
   constexpr bool operator==(const Range&) const = default;
 };
 
@@ -25,10 +27,10 @@ struct Mask {
   int64_t window_left = -1;   // -1: infinite
   int64_t window_right = -1;  // -1: infinite
 
-  constexpr int64_t offset() const { return seqlen_k - seqlen_q; }
+  FAP_SHARED constexpr int64_t offset() const { return seqlen_k - seqlen_q; }
 
   // Keys that query i sees.
-  constexpr Range visible_keys(int64_t i) const {
+  FAP_SHARED constexpr Range visible_keys(int64_t i) const {
     const int64_t diagonal = i + offset();
     const int64_t begin = window_left < 0 ? 0 : std::max<int64_t>(0, diagonal - window_left);
     const int64_t end =
@@ -37,7 +39,7 @@ struct Mask {
   }
 
   // Keys that at least one of the queries sees: both bounds grow with the row.
-  constexpr Range any_visible_keys(Range queries) const {
+  FAP_SHARED constexpr Range any_visible_keys(Range queries) const {
     if (queries.empty()) return {0, 0};
     const Range first = visible_keys(queries.begin);
     const Range last = visible_keys(queries.end - 1);
@@ -45,7 +47,7 @@ struct Mask {
   }
 
   // Keys that all of the queries see: no mask is needed inside.
-  constexpr Range all_visible_keys(Range queries) const {
+  FAP_SHARED constexpr Range all_visible_keys(Range queries) const {
     if (queries.empty()) return {0, 0};
     const Range first = visible_keys(queries.begin);
     const Range last = visible_keys(queries.end - 1);
@@ -53,7 +55,7 @@ struct Mask {
   }
 
   // Queries that see at least one of the keys.
-  constexpr Range any_seeing_queries(Range keys) const {
+  FAP_SHARED constexpr Range any_seeing_queries(Range keys) const {
     if (keys.empty()) return {0, 0};
     const int64_t begin =
         window_right < 0 ? 0 : std::max<int64_t>(0, keys.begin - offset() - window_right);

@@ -6,6 +6,7 @@
 
 #include "attention/mask.h"
 #include "attention/params.h"
+#include "attention/shared.h"
 
 namespace flash_attn_plus {
 
@@ -15,12 +16,12 @@ struct Sequence {
   int64_t k_begin = 0;   // first valid row of k, left padding skipped; counted in pages when paged
   int64_t seqlen_k = 0;  // valid keys
 
-  Mask mask(const AttentionParams& params) const {
+  FAP_SHARED Mask mask(const AttentionParams& params) const {
     return {seqlen_q, seqlen_k, params.window_left, params.window_right};
   }
 };
 
-inline Sequence sequence_at(const AttentionParams& params, int64_t batch) {
+FAP_SHARED Sequence sequence_at(const AttentionParams& params, int64_t batch) {
   Sequence sequence;
   sequence.seqlen_q = params.seqlen_q;
   sequence.seqlen_k = params.seqlen_k;
@@ -37,7 +38,7 @@ inline Sequence sequence_at(const AttentionParams& params, int64_t batch) {
 }
 
 // Left padding and pages are forward only. Pages number their rows from the sequence's own start.
-inline Sequence sequence_at(const ForwardParams& params, int64_t batch) {
+FAP_SHARED Sequence sequence_at(const ForwardParams& params, int64_t batch) {
   Sequence sequence = sequence_at(static_cast<const AttentionParams&>(params), batch);
   if (params.block_table != nullptr) sequence.k_begin = 0;
   if (params.leftpad_k != nullptr) {
@@ -48,8 +49,8 @@ inline Sequence sequence_at(const ForwardParams& params, int64_t batch) {
 }
 
 // Element offset of one row of k or v (head 0), `row` being k_begin + j.
-inline int64_t key_row_offset(const ForwardParams& params, const Operand& operand, int64_t batch,
-                              int64_t row) {
+FAP_SHARED int64_t key_row_offset(const ForwardParams& params, const Operand& operand,
+                                  int64_t batch, int64_t row) {
   if (params.block_table != nullptr) {
     const int64_t page =
         params.block_table[batch * params.block_table_stride + row / params.page_size];

@@ -81,7 +81,8 @@ Selection select() {
   const bool any = wanted == nullptr || *wanted == '\0';
   std::string known;
   for (const Isa& isa : kIsas) {
-    known += (known.empty() ? "" : ", ") + std::string(isa.name);
+    if (!known.empty()) known += ", ";
+    known += isa.name;
     if (!any && std::string(wanted) != isa.name) continue;
     if (isa.runnable()) return {isa.name, &isa.kernels()};
     if (!any) fail("FLASH_ATTN_PLUS_CPU_ISA is \"", wanted, "\", which this CPU cannot run");
