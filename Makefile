@@ -102,7 +102,7 @@ lint: $(VENV)/.tools  ## formatting and static checks
 
 .PHONY: test-cpp
 test-cpp: build  ## GoogleTest, the symbol check, and a C program against the installed library
-	$(ctest) --test-dir build/release --output-on-failure -j $(JOBS)
+	$(ctest) --test-dir build/release --progress --output-on-failure -j $(JOBS)
 	rm -rf build/prefix
 	$(cmake) --install build/release --prefix build/prefix >/dev/null
 	$(cmake) -S examples/c_api -B build/c_api -G Ninja -DCMAKE_MAKE_PROGRAM=$(bin)/ninja \
@@ -121,7 +121,7 @@ test-sanitizers: $(VENV)/.package $(VENV)/.tools googletest  ## C++ tests and a 
 	$(cmake) -B build/sanitize $(cmake_flags) -DCMAKE_BUILD_TYPE=RelWithDebInfo \
 	  -DCMAKE_CXX_FLAGS_RELWITHDEBINFO=-O1 -DFLASH_ATTN_PLUS_SANITIZE=address,undefined
 	$(cmake) --build build/sanitize -j $(JOBS)
-	$(sanitizer_env) $(ctest) --test-dir build/sanitize --output-on-failure -j $(JOBS)
+	$(sanitizer_env) $(ctest) --test-dir build/sanitize --progress --output-on-failure -j $(JOBS)
 	$(sanitizer_env) FLASH_ATTN_PLUS_CORE=$(abspath build/sanitize/lib/_core.so) \
 	  LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	  $(bin)/pytest -q -p no:cacheprovider -n $(JOBS) $(sanitized_tests)
