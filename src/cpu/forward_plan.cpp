@@ -16,7 +16,7 @@ namespace {
 
 constexpr int64_t kMinTaskRows = 64;
 // So many tasks keep some tens of cores busy; beyond that, larger ones read the keys less often.
-constexpr int64_t kWantedTasks = 64;
+constexpr int64_t kWantedTasks = 32;
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 

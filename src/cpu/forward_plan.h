@@ -23,7 +23,7 @@ struct ForwardTask {
 
 class ForwardPlan {
  public:
-  static constexpr int64_t kMaxTaskRows = 256;
+  static constexpr int64_t kMaxTaskRows = 512;
 
   // Sequences of at most `decode_rows` query rows a key head are left to decode(). Throws
   // std::bad_alloc.
