@@ -38,8 +38,9 @@ def assert_close(actual, expected, naive, what, *, dtype=None, input_dtype=None)
 
     expected: float64. naive: the same computation in the input's dtype. NaN and infinities must be
     in the same places. The floor is one unit in the last place of `dtype` (actual's unless given)
-    at the largest expected value, plus a sixteenth of one of `input_dtype` (the same unless given)
-    at 1, the size of the inputs.
+    at the largest expected value, for the rounding of the result; sixteen of float32 there, but at
+    least at 1, for sums in another order; and fractions of one of `input_dtype` (the same unless
+    given): a sixteenth at 1 for exponentials, 1/256 at the largest value for products in parts.
     """
     dtype = dtype or actual.dtype
     input_dtype = input_dtype or dtype
@@ -59,11 +60,14 @@ def assert_close(actual, expected, naive, what, *, dtype=None, input_dtype=None)
         return
     eps, input_eps = torch.finfo(dtype).eps, torch.finfo(input_dtype).eps
     naive_error = _largest(naive[finite] - expected[finite])
-    tolerance = 2 * naive_error + eps * _largest(expected) + input_eps / 16
+    largest = _largest(expected)
+    floor = eps * largest + 16 * torch.finfo(FP32).eps * max(largest, 1.0)
+    floor += input_eps * (1 / 16 + largest / 256)
+    tolerance = 2 * naive_error + floor
     error = (actual[finite] - expected[finite]).abs().max()
     assert error <= tolerance, (
         f"{what}: error {error:.3e} above {tolerance:.3e} "
-        f"(naive error {naive_error:.3e}, largest value {_largest(expected):.3e})"
+        f"(naive error {naive_error:.3e}, largest value {largest:.3e})"
     )
 
 
