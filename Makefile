@@ -128,7 +128,7 @@ test-sanitizers: $(VENV)/.package $(VENV)/.tools googletest  ## C++ tests and a 
 
 .PHONY: test-python
 test-python: $(VENV)/.package $(VENV)/.tools  ## the Python suite against the installed package, with coverage
-	$(bin)/pytest -n $(JOBS) --cov=flash_attn --cov-report=term-missing:skip-covered tests/python
+	$(bin)/pytest -n $(JOBS) --cov --cov-report=term tests/python
 
 # ---- housekeeping ---------------------------------------------------------------------------------
 
