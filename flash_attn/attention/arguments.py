@@ -111,10 +111,13 @@ def needs_grad(*tensors: Tensor | None) -> bool:
 
 
 def records(*tensors: Tensor | None) -> bool:
-    """Whether an autograd function records the call. Function transforms take the op's gradient."""
-    if not torch.is_grad_enabled():
-        return False
-    return needs_grad(*tensors) and not _are_functorch_transforms_active()
+    """Whether an autograd function records the call. Compilers and transforms see the op instead."""
+    return (
+        torch.is_grad_enabled()
+        and needs_grad(*tensors)
+        and not is_compiling()
+        and not _are_functorch_transforms_active()
+    )
 
 
 def draw_rng_state(device: torch.device) -> Tensor:

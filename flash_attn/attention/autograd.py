@@ -6,12 +6,29 @@ The functions of packed tensors exist for their backward: it writes all gradient
 
 from __future__ import annotations
 
+import functools
+
 import torch
-from torch.autograd.function import once_differentiable
 
 from flash_attn.attention import arguments
 from flash_attn.attention.arguments import maybe_contiguous, unpack
 from flash_attn.attention.calls import run_backward, run_forward
+from flash_attn.attention.library import NO_SECOND_DERIVATIVE
+
+
+def _first_derivative(backward):
+    """A backward whose results raise when they are differentiated: they would seem constant."""
+
+    @functools.wraps(backward)
+    def wrapper(ctx, *gradients):
+        if not torch.is_grad_enabled():
+            return backward(ctx, *gradients)
+        with torch.no_grad():
+            results = backward(ctx, *gradients)
+        refuse = torch._C._functions.DelayedError(NO_SECOND_DERIVATIVE.encode(), len(results))
+        return refuse(*(x if x is None else x.requires_grad_() for x in results))
+
+    return wrapper
 
 
 def _forward(ctx, q, k, v, options, sequences, return_attn_probs):
@@ -117,7 +134,7 @@ class FlashAttnFunc(torch.autograd.Function):
         return _forward(ctx, q, k, v, options, None, return_softmax)
 
     @staticmethod
-    @once_differentiable
+    @_first_derivative
     def backward(ctx, dout, dsoftmax_lse=None, _=None):
         dq, dk, dv, ds_aux = _backward_of_three(ctx, dout, dsoftmax_lse)
         return dq, dk, dv, *[None] * 9, ds_aux
@@ -163,7 +180,7 @@ class FlashAttnVarlenFunc(torch.autograd.Function):
         return _forward(ctx, q, k, v, options, sequences, return_softmax)
 
     @staticmethod
-    @once_differentiable
+    @_first_derivative
     def backward(ctx, dout, dsoftmax_lse=None, _=None):
         dq, dk, dv, ds_aux = _backward_of_three(ctx, dout, dsoftmax_lse)
         return dq, dk, dv, *[None] * 14, ds_aux
@@ -201,7 +218,7 @@ class FlashAttnKVPackedFunc(torch.autograd.Function):
         return _forward(ctx, q, k, v, options, None, return_softmax)
 
     @staticmethod
-    @once_differentiable
+    @_first_derivative
     def backward(ctx, dout, dsoftmax_lse=None, _=None):
         dq, dkv, ds_aux = _backward_of_kv(ctx, dout, dsoftmax_lse)
         return dq, dkv, *[None] * 9, ds_aux
@@ -246,7 +263,7 @@ class FlashAttnVarlenKVPackedFunc(torch.autograd.Function):
         return _forward(ctx, q, k, v, options, sequences, return_softmax)
 
     @staticmethod
-    @once_differentiable
+    @_first_derivative
     def backward(ctx, dout, dsoftmax_lse=None, _=None):
         dq, dkv, ds_aux = _backward_of_kv(ctx, dout, dsoftmax_lse)
         return dq, dkv, *[None] * 13, ds_aux
@@ -283,7 +300,7 @@ class FlashAttnQKVPackedFunc(torch.autograd.Function):
         return _forward(ctx, q, k, v, options, None, return_softmax)
 
     @staticmethod
-    @once_differentiable
+    @_first_derivative
     def backward(ctx, dout, dsoftmax_lse=None, _=None):
         dqkv, ds_aux = _backward_of_qkv(ctx, dout, dsoftmax_lse)
         return dqkv, *[None] * 9, ds_aux
@@ -323,7 +340,7 @@ class FlashAttnVarlenQKVPackedFunc(torch.autograd.Function):
         return _forward(ctx, q, k, v, options, sequences, return_softmax)
 
     @staticmethod
-    @once_differentiable
+    @_first_derivative
     def backward(ctx, dout, dsoftmax_lse=None, _=None):
         dqkv, ds_aux = _backward_of_qkv(ctx, dout, dsoftmax_lse)
         return dqkv, *[None] * 11, ds_aux

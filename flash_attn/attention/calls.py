@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch._C import _are_functorch_transforms_active
 
 from flash_attn.attention import library
-from flash_attn.attention.arguments import is_plain
+from flash_attn.attention.arguments import is_plain, needs_grad
+from flash_attn.attention.gradients import transformable_forward, transformable_varlen_forward
 from flash_attn.backends import Options, Sequences, backend_for
 
 
@@ -21,8 +23,12 @@ def run_forward(
     """Returns (out, softmax_lse, s_dmask); without dropout s_dmask is None or empty."""
     if is_plain(q, k, v):
         return backend_for(q).forward(q, k, v, options, sequences, return_s_dmask)
+    transformed = _are_functorch_transforms_active() and needs_grad(q, k, v, options.s_aux)
     if sequences is None:
-        return torch.ops.flash_attn._flash_attn_forward(
+        call = torch.ops.flash_attn._flash_attn_forward
+        if transformed:
+            call = transformable_forward
+        return call(
             q,
             k,
             v,
@@ -38,7 +44,10 @@ def run_forward(
             options.rng_state,
             options.deterministic,
         )[:3]
-    return torch.ops.flash_attn._flash_attn_varlen_forward(
+    call = torch.ops.flash_attn._flash_attn_varlen_forward
+    if transformed:
+        call = transformable_varlen_forward
+    return call(
         q,
         k,
         v,

@@ -5,8 +5,26 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from flash_attn.attention.library import refuse_cache
+from flash_attn.attention.library import NO_SECOND_DERIVATIVE, refuse_cache
 from flash_attn.attention.registry import library
+
+
+class _Gradients(torch.autograd.Function):
+    """The op `attention_backward`, with a gradient that is refused: without it, it would be 0."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*arguments):
+        return torch.ops.flash_attn.attention_backward(*arguments)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise RuntimeError(NO_SECOND_DERIVATIVE)
 
 
 def _setup_context(names: list[str]):
@@ -29,7 +47,7 @@ def _formula(names: list[str]):
         given = ctx.numbers | dict(zip(ctx.names, ctx.saved_tensors, strict=True))
         refuse_cache(given.get("block_table"), given.get("leftpad_k"))
         out = given["out"]
-        dq, dk, dv, ds_aux = torch.ops.flash_attn.attention_backward(
+        dq, dk, dv, ds_aux = _Gradients.apply(
             torch.zeros_like(out) if dout is None else dout,
             given["q"],
             given["k"],
@@ -61,18 +79,29 @@ def _formula(names: list[str]):
     return backward
 
 
-def _refuse(ctx, *_):
-    raise RuntimeError("flash_attn: gradients of gradients are not supported")
+def _register(name: str) -> type[torch.autograd.Function]:
+    """Registers the gradient of a forward op, and returns it as an autograd function as well.
+
+    `torch.func` cannot differentiate through a registered gradient, but through a function.
+    """
+    schema = getattr(torch.ops.flash_attn, name).default._schema
+    names = [argument.name for argument in schema.arguments]
+    setup_context, backward = _setup_context(names), _formula(names)
+    torch.library.register_autograd(
+        f"flash_attn::{name}", backward, setup_context=setup_context, lib=library
+    )
+
+    class Transformable(torch.autograd.Function):
+        generate_vmap_rule = True
+
+        @staticmethod
+        def forward(*arguments):
+            return getattr(torch.ops.flash_attn, name)(*arguments)
+
+    Transformable.setup_context = staticmethod(setup_context)
+    Transformable.backward = staticmethod(backward)
+    return Transformable
 
 
-def _register() -> None:
-    for op in ("_flash_attn_forward", "_flash_attn_varlen_forward"):
-        schema = getattr(torch.ops.flash_attn, op).default._schema
-        names = [argument.name for argument in schema.arguments]
-        torch.library.register_autograd(
-            f"flash_attn::{op}", _formula(names), setup_context=_setup_context(names), lib=library
-        )
-    torch.library.register_autograd("flash_attn::attention_backward", _refuse, lib=library)
-
-
-_register()
+transformable_forward = _register("_flash_attn_forward").apply
+transformable_varlen_forward = _register("_flash_attn_varlen_forward").apply

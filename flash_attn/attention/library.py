@@ -17,6 +17,8 @@ from flash_attn.attention.registry import define
 from flash_attn.backends import Options, Sequences, backend_for
 from flash_attn.backends.interface import MIN_DROPOUT_P
 
+NO_SECOND_DERIVATIVE = "flash_attn: gradients of gradients are not supported"
+
 
 def _dropout(dropout_p: float, rng_state: Tensor | None, device: torch.device):
     """Probability and random state of a call from outside, which may leave the latter to us."""
@@ -287,8 +289,7 @@ def varlen_backward(
     "SymInt window_size_left, SymInt window_size_right, float softcap, Tensor? alibi_slopes, "
     "Tensor? s_aux, Tensor? rng_state, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, "
     "SymInt max_seqlen_q, SymInt max_seqlen_k, Tensor? seqused_k, bool deterministic) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
-    differentiable=True,  # to refuse a second derivative
+    "-> (Tensor, Tensor, Tensor, Tensor)"
 )
 def attention_backward(
     dout,
