@@ -117,7 +117,9 @@ def selected_cases(arguments):
 def measure(case, arguments):
     """One row of the table, as a dictionary of plain values."""
     device, rounds = arguments.device, arguments.rounds
-    sample_seconds = arguments.sample_seconds or (0.2 if device.type == "cpu" else 0.02)
+    sample_seconds = arguments.sample_seconds
+    if sample_seconds is None:
+        sample_seconds = 0.2 if device.type == "cpu" else 0.02
     row = {"kind": case.kind, "case": str(case), "dtype": case.dtype, **dataclasses.asdict(case)}
     row["features"] = str(case.features)
     if case.kind == "memory":
@@ -227,7 +229,7 @@ def run(arguments):
     peer = "plain kernel" if arguments.against == "plain" else "SDPA"
     shown = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
     lines = [
-        f"- device: {facts['device']}, {facts['threads']} threads, {facts['instruction set']}",
+        f"- device: {facts['device']}, CPU threads: {facts['threads']}, {facts['instruction set']}",
         f"- versions: {shown}",
         f"- command: `{facts['command']}`, {facts['date']}, {arguments.rounds} alternating rounds",
         "",

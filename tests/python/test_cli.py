@@ -12,6 +12,15 @@ from flash_attn.cli.cases import Case, Features, Inputs
 CPU = torch.device("cpu")
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Small cases gain nothing from more, and lose much where tests run beside each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def test_doctor_says_what_serves_the_cpu(capsys):
     assert main(["doctor"]) == 0
     text = capsys.readouterr().out
@@ -64,12 +73,10 @@ def test_bench_writes_table_samples_and_picture(capsys, tmp_path):
 def test_bench_against_the_plain_kernel(capsys):
     options = ["--device", "cpu", "--dtype", "bfloat16", "--shape", "1,2,24,16", "--threads", "1"]
     options += ["--sample-seconds", "0", "--kind", "forward", "backward", "decode"]
-    threads = torch.get_num_threads()
-    try:
-        main(["bench", *options, "--features", "causal+dropout=0.5", "--against", "plain"])
-    finally:
-        torch.set_num_threads(threads)
-    assert "plain kernel" in capsys.readouterr().out
+    main(["bench", *options, "--features", "causal+dropout=0.5", "--against", "plain"])
+    text = capsys.readouterr().out
+    assert "plain kernel" in text
+    assert "CPU threads: 1" in text
 
 
 def test_bench_measures_memory(capsys):
