@@ -17,7 +17,7 @@ namespace flash_attn_plus::cpu::FAP_ISA {
 
 // Keys of a block: a row of them is some 4 KB in the usual layout, a page of memory, and the
 // block's keys and values together must not need more pages than the first-level TLB holds.
-inline constexpr int kDecodeBlock = 32;
+inline constexpr int kDecodeBlock = 16;
 
 // Columns of a pair of vectors.
 inline constexpr int kPair = 2 * kLanes;
