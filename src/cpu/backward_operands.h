@@ -7,6 +7,8 @@
 // of a matrix. In the bf16 forms right operands hold pairs of successive rows, and padding is 0.
 #pragma once
 
+#include <type_traits>
+
 #include "cpu/convert.h"
 #include "cpu/gemm.h"
 #include "cpu/gemm_bf16.h"
@@ -22,11 +24,123 @@ FAP_INLINE int64_t round_up(int64_t x, int64_t multiple) {
 // block crowd into a few sets of the cache.
 FAP_INLINE int64_t odd_stride(int64_t units) { return (round_up(units, 16) / 16 | 1) * 16; }
 
+// The two products of a tile of scores, S = Q K^T and dP = dO V^T, for matrix units that work
+// beside the vector units: `advance` is called kUnits times while the tile before is being
+// finished, and does its share each time. Without such a unit all is done at the start.
+template <typename Operands>
+class ImmediateProducts {
+ public:
+  using Matrix = typename Operands::Matrix;
+  void start(int64_t depth, Matrix q, Matrix k, float* scores, Matrix dout, Matrix v, float* dp) {
+    constexpr int64_t m = Operands::kTileM, n = Operands::kTileN;
+    Operands::multiply_rows(m, n, depth, q, k, scores, n, false);
+    Operands::multiply_rows(m, n, depth, dout, v, dp, n, false);
+  }
+  FAP_INLINE void advance() {}
+  FAP_INLINE void complete() {}
+};
+
+#if defined(__AMX_BF16__)
+
+template <typename Operands>
+class InterleavedProducts {
+ public:
+  using Matrix = typename Operands::Matrix;
+  static constexpr int kNumParts = Operands::kParts;
+  static constexpr int kUnits = Operands::kTileM / 2 * (Operands::kTileN / kLanes);
+  static_assert(Operands::kTileM == 32 && Operands::kTileN == 32);
+
+  FAP_INLINE void start(int64_t depth, Matrix q, Matrix k, float* scores, Matrix dout, Matrix v,
+                        float* dp) {
+    left_[0] = q, left_[1] = dout;
+    right_[0] = k, right_[1] = v;
+    result_[0] = scores, result_[1] = dp;
+    num_steps_ = static_cast<int>(depth / 32);
+    groups_ = remaining_ = 2 * kPairs.count * num_steps_;
+    credit_ = product_ = 0;
+    begin_product();
+  }
+  FAP_INLINE void advance() {
+    for (credit_ += groups_; credit_ >= kUnits; credit_ -= kUnits) add_group();
+  }
+  FAP_INLINE void complete() {
+    while (remaining_ > 0) add_group();
+    groups_ = 0;
+  }
+
+ private:
+  // Pairs of parts, the smallest products first (see gemm_bf16.h).
+  struct Pairs {
+    int count = 0;
+    int left[6] = {}, right[6] = {};
+    constexpr Pairs() {
+      for (int order = kNumParts - 1; order >= 0; --order) {
+        for (int part = 0; part <= order; ++part, ++count) {
+          left[count] = part;
+          right[count] = order - part;
+        }
+      }
+    }
+  };
+  static constexpr Pairs kPairs{};
+
+  FAP_INLINE void begin_product() {
+    pair_ = step_ = 0;
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+  }
+
+  // One step of k for one pair of parts: C (32, 32) += A (32, 32) B (32, 32).
+  FAP_INLINE void add_group() {
+    const Matrix& a = left_[product_];
+    const Matrix& b = right_[product_];
+    const BFloat16* a_data = a.data + kPairs.left[pair_] * a.part_stride + 32 * step_;
+    const BFloat16* b_data = b.data + kPairs.right[pair_] * b.part_stride + 16 * step_ * b.stride;
+    _tile_loadd(4, a_data, 2 * a.stride);
+    _tile_loadd(6, b_data, 2 * b.stride);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_loadd(7, b_data + 32, 2 * b.stride);
+    _tile_dpbf16ps(1, 4, 7);
+    _tile_loadd(5, a_data + 16 * a.stride, 2 * a.stride);
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(3, 5, 7);
+    --remaining_;
+    // All pairs but the last go through k together, then the last.
+    if (pair_ < kPairs.count - 2) {
+      ++pair_;
+    } else if (++step_ < num_steps_) {
+      if (pair_ == kPairs.count - 2) pair_ = 0;
+    } else if (pair_ == kPairs.count - 2) {
+      ++pair_;
+      step_ = 0;
+    } else {
+      float* c = result_[product_];
+      _tile_stored(0, c, 4 * 32);
+      _tile_stored(1, c + 16, 4 * 32);
+      _tile_stored(2, c + 16 * 32, 4 * 32);
+      _tile_stored(3, c + 16 * 32 + 16, 4 * 32);
+      if (++product_ < 2) begin_product();
+    }
+  }
+
+  Matrix left_[2], right_[2];
+  float* result_[2];
+  int num_steps_ = 0;
+  int groups_ = 0, remaining_ = 0;  // of both products
+  int credit_ = 0;
+  int product_ = 0, pair_ = 0, step_ = 0;  // what comes next
+};
+
+#endif
+
 template <int kNumParts>
 struct BackwardOperands;
 
 template <>
 struct BackwardOperands<0> {
+  using ScoreProducts = ImmediateProducts<BackwardOperands>;
   static constexpr int kTileM = 4 * kMicroRows;  // queries of a tile of scores
   static constexpr int kTileN = kPanel;          // its keys
 
@@ -123,10 +237,15 @@ struct BackwardOperands<0> {
 
 template <int kNumParts>
 struct BackwardOperands {
+  static constexpr int kParts = kNumParts;
 #if defined(__AMX_BF16__)
+  // The tiles of one part take so short that interleaving costs more than it hides.
+  using ScoreProducts = std::conditional_t<kNumParts == 1, ImmediateProducts<BackwardOperands>,
+                                           InterleavedProducts<BackwardOperands>>;
   static constexpr int kTileM = 32;
   static constexpr int kTileN = 32;
 #else
+  using ScoreProducts = ImmediateProducts<BackwardOperands>;
   static constexpr int kTileM = 24;
   static constexpr int kTileN = 64;
 #endif
@@ -188,10 +307,83 @@ struct BackwardOperands {
   template <typename T>
   static bool pack_rows_and_columns(const T* const* rows, int64_t num_rows, int64_t d, Matrix out,
                                     Matrix columns) {
-    const int64_t n = width(d);
-    pack_a_columns<kNumParts>(rows, num_rows, d, n, round_up(num_rows, 32), columns.data,
-                              columns.stride, columns.part_stride);
-    return pack_a_rows<kNumParts>(rows, num_rows, d, n, out.data, out.stride, out.part_stride);
+    if constexpr (kNumParts == 1) {
+      copy_rows_and_columns(rows, num_rows, d, out, columns);
+      return true;  // or not, but one part carries infinity and NaN
+    } else {
+      return split_rows_and_columns(rows, num_rows, d, out, columns);
+    }
+  }
+  // 32 rows by 16 columns at a time.
+  template <typename T>
+  static bool split_rows_and_columns(const T* const* rows, int64_t num_rows, int64_t d, Matrix out,
+                                     Matrix columns) {
+    Vec probe{};
+    for (int64_t c = 0; c < width(d); c += 16) {
+      for (int64_t row = 0; row < num_rows; row += 32) {
+        VecI pairs[kNumParts][16];
+#pragma GCC unroll 16
+        for (int i = 0; i < 16; ++i) {
+          const int64_t r = row + 2 * i;
+          Vec x0{}, x1{};
+          if (r < num_rows) {
+            x0 = load_row(rows[r], c, d);
+            x1 = load_row(rows[r + 1], c, d);
+            probe = probe_finite(x1, probe_finite(x0, probe));
+          }
+#pragma GCC unroll 3
+          for (int part = 0; part < kNumParts; ++part) {
+            const __m512i halves = take_part(x0, x1);
+            pairs[part][i] = (VecI)interleave(halves);
+            if (r < num_rows) {
+              BFloat16* p = out.data + part * out.part_stride + r * out.stride + c;
+              store(p, _mm512_castsi512_si256(halves));
+              store(p + out.stride, _mm512_extracti64x4_epi64(halves, 1));
+            }
+          }
+        }
+#pragma GCC unroll 3
+        for (int part = 0; part < kNumParts; ++part) {
+          transpose(pairs[part]);
+          BFloat16* p = columns.data + part * columns.part_stride + c * columns.stride + row;
+#pragma GCC unroll 16
+          for (int i = 0; i < 16; ++i) store(p + i * columns.stride, pairs[part][i]);
+        }
+      }
+    }
+    return all_finite(probe);
+  }
+  // bf16 as it is, in squares of 32. Interleaving two rows leaves columns 0-3, 8-11, 16-19, 24-27
+  // in the lower result and the others in the upper one.
+  static void copy_rows_and_columns(const BFloat16* const* rows, int64_t num_rows, int64_t d,
+                                    Matrix out, Matrix columns) {
+    for (int64_t c = 0; c < width(d); c += 32) {
+      const __mmask32 valid = d - c >= 32 ? ~0u : (1u << (d - c)) - 1;
+      for (int64_t row = 0; row < num_rows; row += 32) {
+        VecI low[16], high[16];
+#pragma GCC unroll 16
+        for (int i = 0; i < 16; ++i) {
+          __m512i x[2];
+          for (int j = 0; j < 2; ++j) {
+            const int64_t r = row + 2 * i + j;
+            const bool present = r < num_rows && rows[r] != nullptr;
+            x[j] = present ? _mm512_maskz_loadu_epi16(valid, rows[r] + c) : _mm512_setzero_si512();
+            if (r < num_rows) store(out.data + r * out.stride + c, x[j]);
+          }
+          low[i] = (VecI)_mm512_unpacklo_epi16(x[0], x[1]);
+          high[i] = (VecI)_mm512_unpackhi_epi16(x[0], x[1]);
+        }
+        transpose(low);
+        transpose(high);
+        BFloat16* p = columns.data + c * columns.stride + row;
+#pragma GCC unroll 16
+        for (int i = 0; i < 16; ++i) {
+          const int64_t column = i / 4 * 8 + i % 4;
+          store(p + column * columns.stride, low[i]);
+          store(p + (column + 4) * columns.stride, high[i]);
+        }
+      }
+    }
   }
   template <typename T>
   static bool pack_wide(const T* const* rows, int64_t num_rows, int64_t d, Matrix out) {

@@ -139,9 +139,10 @@ struct ScoreTile {
 
 // P = exp(S - lse), dropped out for dV, and dS = P (dP - D), D being the row sums of dO * O: the
 // gradient of the scores before scaling, times the scale. A masked entry is 0 whatever the operands
-// are.
+// are. Meanwhile the products of the next tile go on.
 template <int kNumParts, bool kMasked, bool kModified>
-inline void finish_tile(const ScoreTile<kNumParts>& tile) {
+inline void finish_tile(const ScoreTile<kNumParts>& tile,
+                        typename BackwardOperands<kNumParts>::ScoreProducts& next) {
   using Operands = BackwardOperands<kNumParts>;
   constexpr int kTileM = Operands::kTileM, kTileN = Operands::kTileN;
   constexpr int kExpDegree = kNumParts == 1 ? 3 : kNumParts == 2 ? 4 : 5;
@@ -176,17 +177,21 @@ inline void finish_tile(const ScoreTile<kNumParts>& tile) {
       }
       Operands::store_panel(p[0], p[1], tile.p_panel, row, key);
       Operands::store_panel_and_rows(ds[0], ds[1], tile.ds_panel, tile.ds_rows, row, key);
+      next.advance();
     }
   }
+  next.complete();
 }
 
 template <int kNumParts>
-inline void finish_tile(const ScoreTile<kNumParts>& tile, bool masked, bool modified) {
+inline void finish_tile(const ScoreTile<kNumParts>& tile, bool masked, bool modified,
+                        typename BackwardOperands<kNumParts>::ScoreProducts& next) {
   if (masked) {
-    modified ? finish_tile<kNumParts, true, true>(tile) : finish_tile<kNumParts, true, false>(tile);
+    modified ? finish_tile<kNumParts, true, true>(tile, next)
+             : finish_tile<kNumParts, true, false>(tile, next);
   } else {
-    modified ? finish_tile<kNumParts, false, true>(tile)
-             : finish_tile<kNumParts, false, false>(tile);
+    modified ? finish_tile<kNumParts, false, true>(tile, next)
+             : finish_tile<kNumParts, false, false>(tile, next);
   }
 }
 
