@@ -111,7 +111,7 @@ def needs_grad(*tensors: Tensor | None) -> bool:
 
 
 def records(*tensors: Tensor | None) -> bool:
-    """Whether an autograd function records the call. Compilers and transforms see the op instead."""
+    """Whether an autograd function records the call: compilers and transforms see the op."""
     return (
         torch.is_grad_enabled()
         and needs_grad(*tensors)
