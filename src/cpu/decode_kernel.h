@@ -25,17 +25,28 @@
 
 namespace flash_attn_plus::cpu::FAP_ISA {
 
-// Query rows of a key head, above which the products outweigh the reading.
-inline constexpr int64_t kMaxDecodeRows = 16;
-
 // Bytes of keys and values below which a second thread costs more than it brings, and state of a
 // task (queries and accumulators) that leaves most of the second-level cache to the keys.
 inline constexpr int64_t kDecodeParallelBytes = 256 << 10;
 inline constexpr int64_t kDecodeStateBytes = 512 << 10;
 
+// The most query rows of a key head that are better served here than by the other kernel, which
+// packs keys and values for products as fast as the instruction set has them (docs/cpu.md has the
+// crossings); 0: none is. A function of the call, not of its sequences.
+FAP_INLINE int64_t max_decode_rows(const ForwardParams& params) {
+  if (params.dropout_p > 0.0) return 0;
+#if defined(__AMX_BF16__)
+  if (params.dtype == DType::kBFloat16) return 8;
+  if (params.dtype == DType::kFloat16) return 16;
+#elif defined(__AVX512BF16__)
+  if (params.dtype == DType::kBFloat16) return 16;
+#endif
+  return 32;
+}
+
 // Whether decode() serves the sequences of this many queries.
 FAP_INLINE bool is_decode_sequence(const ForwardParams& params, int64_t seqlen_q) {
-  return seqlen_q * params.group_size() <= kMaxDecodeRows && params.dropout_p == 0.0;
+  return seqlen_q * params.group_size() <= max_decode_rows(params);
 }
 
 // ---------------------------------------------------------------------------------------------------

@@ -376,7 +376,7 @@ void forward_rows(const ForwardParams& params) {
     });
   }
   decode(params);  // sequences of few queries
-  const ForwardPlan plan(params, is_decode_sequence(params, 0) ? kMaxDecodeRows : 0);
+  const ForwardPlan plan(params, max_decode_rows(params));
   for (int i = 0; i < ForwardPlan::kNumUnused; ++i) {
     clear_unused_rows<T>(params, plan.unused_rows(i));
   }
