@@ -1,6 +1,7 @@
 """Loads the C++ core. Its functions take the fields of the structs of `attention.h`."""
 
 import os
+import sys
 from pathlib import Path
 
 import tvm_ffi
@@ -31,9 +32,26 @@ def _library_path() -> Path:
     )
 
 
+def _check_is_whole(path: Path) -> None:
+    """The section headers end an ELF file; loading a file that ends before them would crash."""
+    with path.open("rb") as file:
+        header = file.read(64)
+    if header[:5] != b"\x7fELF\x02":  # not a 64-bit ELF file: the loader will say so
+        return
+    offset, size, count = (
+        int.from_bytes(header[begin:end], sys.byteorder)
+        for begin, end in ((40, 48), (58, 60), (60, 62))
+    )
+    if path.stat().st_size < offset + size * count:
+        raise OSError(f"{path} is truncated")
+
+
 def _load():
     path = _library_path()
     try:
+        for library in (path, path.with_name("libflash_attn_plus.so")):
+            if library.exists():
+                _check_is_whole(library)
         return tvm_ffi.load_module(str(path))
     except Exception as error:
         raise ImportError(
