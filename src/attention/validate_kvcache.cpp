@@ -37,6 +37,20 @@ void check_rotary_tables(const TensorArg& cos, const TensorArg& sin, const Tenso
   append.rotary_sin_stride = sin.stride(0);
 }
 
+// The tables must reach as far as the queries, which may be more than the new keys.
+void check_query_positions(const TensorArg& cos, const ForwardParams& params,
+                           const AppendParams& append) {
+  if (params.seqlen_q == 0) return;
+  for (int64_t i = 0; i < params.batch; ++i) {
+    const int64_t last =
+        append.cache_seqlens[i] + (append.rotate_q_by_row ? params.seqlen_q - 1 : 0);
+    if (last >= cos.shape(0)) {
+      fail("rotary_cos and rotary_sin have ", cos.shape(0), " positions, but a query of sequence ",
+           i, " is at position ", last);
+    }
+  }
+}
+
 }  // namespace
 
 KvCacheParams validate(const fap_kvcache_args& args) {
@@ -161,7 +175,9 @@ KvCacheParams validate(const fap_kvcache_args& args) {
   }
 
   check_scalars(args, params);
-  append.rotate_q_by_row = params.window_left >= 0 || params.window_right >= 0;
+  // As asked for: a window that hides nothing counts.
+  append.rotate_q_by_row = args.causal || args.window_left >= 0 || args.window_right >= 0;
+  if (rotary_cos) check_query_positions(rotary_cos, params, append);
   if (call.appends) params.seqused_k = call.seqused_k.data();
   check_alibi({"alibi_slopes", args.alibi_slopes}, t.q, params);
   check_s_aux({"s_aux", args.s_aux}, t.q, params);
