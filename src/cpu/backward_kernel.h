@@ -1,21 +1,23 @@
 // Attention backward: dQ, dK and dV from dO, in five products a pair of blocks.
 //
-//   S = Q K^T   dP = dO V^T   P = exp(S - lse)   dS = P (dP - D)   D = rowsum(dO O) - dlse
-//   dV^T += dO^T P            dK^T += Q^T dS                       dQ += dS K
+//   S = Q K^T    dP = dO V^T    P = exp(S - lse)    dS = P (dP - D)    D = rowsum(dO O) - dlse
+//   dV^T += dO^T P              dK^T += Q^T dS                         dQ += dS K
 //
-// A task (backward_plan.h) has one block of up to block_n keys of one key head. It packs K and V
-// once, as panels that S and dP read, and K again for dQ, keeps dK^T and dV^T as float
-// accumulators, and walks through the query heads of the group and their blocks of block_m queries.
-// For each it packs Q and dO, makes the scores tile by tile (kTileM x kTileN, in the first-level
-// cache; backward_scores.h) where the mask leaves any, then adds to dV^T and dK^T, and last to dQ,
-// whose accumulator may be another task's turn. All of a task's operands, some 1 MB, stay in the
-// second-level cache; the head of a query block's rows comes from memory once for each block of
-// keys, so that the products are the bound: 10 * block_n operations for every element of Q, dO and
-// dQ that passes.
+// A task (backward_plan.h) has one block of keys of one key head. It packs K and V once, keeps dK^T
+// and dV^T as float accumulators, and walks through the query heads of the group and their blocks
+// of queries: packs Q and dO, makes P and dS tile by tile where the mask leaves any, adds to dV^T
+// and dK^T, and last to dQ, whose accumulator it shares with the tasks of the other key blocks
+// (backward_pairs.h). So dK and dV are summed over the group before they are rounded, and every
+// score is computed once.
 //
-// Where numbers are multiplied in several bf16 parts, infinity and NaN would not come through: such
-// a call runs on floats.
+// All that a task touches, 0.5 to 1.5 MB, stays in the second-level cache. Of the memory beyond,
+// each pair of blocks reads Q and dO and reads and writes dQ, for 10 * block_n operations an
+// element of one of them, so that the products are the bound. A tile's scores stay in the
+// first-level cache.
 #pragma once
+
+#include <algorithm>
+#include <type_traits>
 
 #include "attention/dropout.h"
 #include "attention/params.h"
@@ -27,11 +29,10 @@
 
 namespace flash_attn_plus::cpu::FAP_ISA {
 
-// Rows of a block of queries: a multiple of all heights of tiles.
+// Queries of a block: a multiple of the height of all tiles. Keys of a block: many, as Q and dO are
+// packed for each anew, but no more than the second-level cache allows.
 inline constexpr int64_t kBackwardBlockM = 96;
 inline constexpr int64_t kBackwardMaxBlockN = 256;
-
-// Keys of a block: as many as the second-level cache allows.
 FAP_INLINE int64_t backward_block_n(int64_t head_dim) {
   return head_dim <= 128 ? kBackwardMaxBlockN : kBackwardMaxBlockN / 2;
 }
@@ -54,8 +55,9 @@ class BackwardTask {
         d_(params.head_dim),
         width_(accumulator_dim(d_)),
         pairs_(memory, kBackwardBlockM, backward_block_n(d_), d_),
-        float_pairs_(memory, kBackwardBlockM, kNumParts > 1 ? backward_block_n(d_) : 0, d_) {
-    dkv_stride_ = odd_stride(backward_block_n(d_));
+        float_pairs_(memory, kFallsBack ? kBackwardBlockM : 0,
+                     kFallsBack ? backward_block_n(d_) : 0, d_),
+        dkv_stride_(odd_stride(backward_block_n(d_))) {
     dk_ = memory.take<float>(width_ * dkv_stride_);
     dv_ = memory.take<float>(width_ * dkv_stride_);
     dq_ = memory.take<float>(kBackwardBlockM * width_);
@@ -68,43 +70,30 @@ class BackwardTask {
   void run(int64_t key_block, int64_t head_k) {
     const BackwardBlock keys = plan_.key_block(key_block);
     const Mask mask = sequence_at(params_, keys.batch).mask(params_);
-    const T *k[kBackwardMaxBlockN], *v[kBackwardMaxBlockN];
-    point_to_rows(params_.k, keys, head_k, k, kBackwardMaxBlockN);
-    point_to_rows(params_.v, keys, head_k, v, kBackwardMaxBlockN);
-    pairs_.set_ones();
-    const bool keys_finite = pairs_.pack_keys(k, v, keys.rows);
-    bool float_keys_packed = false;
+    point_to_rows(params_.k, keys, head_k, k_, kBackwardMaxBlockN);
+    point_to_rows(params_.v, keys, head_k, v_, kBackwardMaxBlockN);
+    keys_finite_ = pairs_.pack_keys(k_, v_, keys.rows);
+    float_keys_packed_ = false;
     std::memset(dk_, 0, width_ * dkv_stride_ * sizeof(float));
     std::memset(dv_, 0, width_ * dkv_stride_ * sizeof(float));
 
     const Range blocks = plan_.query_blocks(keys);
     const int64_t group = params_.group_size();
     for (int64_t head = head_k * group; head < (head_k + 1) * group; ++head) {
-      QueryBlock block{keys.batch,
-                       head,
-                       {},
-                       lse_,
-                       softmax_d_,
-                       params_.softmax_scale,
-                       make_score_rule(params_, keys.batch, head)};
+      const ScoreRule rule = make_score_rule(params_, keys.batch, head);
       for (int64_t index = blocks.begin; index < blocks.end; ++index) {
         const BackwardBlock queries = plan_.query_block(keys, index);
-        block.rows = queries.rows;
-        const T *q[kBackwardBlockM], *dout[kBackwardBlockM];
-        point_to_rows(params_.q, queries, head, q, kBackwardBlockM);
-        point_to_rows(params_.dout, queries, head, dout, kBackwardBlockM);
         load_row_vectors(queries, head);
-        const bool finite = pairs_.pack_queries(q, dout, queries.rows.size()) && keys_finite;
-        if (kNumParts <= 1 || finite) {
-          if (!add(pairs_, keys, queries, block, mask)) return;
-        } else {
-          if (!float_keys_packed) {
-            float_pairs_.set_ones();
-            float_pairs_.pack_keys(k, v, keys.rows);
-            float_keys_packed = true;
-          }
-          float_pairs_.pack_queries(q, dout, queries.rows.size());
-          if (!add(float_pairs_, keys, queries, block, mask)) return;
+        if (!add_block(keys, queries,
+                       {.batch = keys.batch,
+                        .head = head,
+                        .rows = queries.rows,
+                        .lse = lse_,
+                        .softmax_d = softmax_d_,
+                        .softmax_scale = params_.softmax_scale,
+                        .rule = rule},
+                       mask)) {
+          return;
         }
       }
     }
@@ -113,6 +102,28 @@ class BackwardTask {
   }
 
  private:
+  // The lower bf16 parts of infinity and NaN are of no use: a pair of blocks that holds one is
+  // multiplied as float. The accumulators are the same.
+  static constexpr bool kFallsBack = kNumParts > 1;
+
+  // One pair of blocks. False: the call has failed elsewhere.
+  bool add_block(const BackwardBlock& keys, const BackwardBlock& queries, const QueryBlock& block,
+                 const Mask& mask) {
+    const T *q[kBackwardBlockM], *dout[kBackwardBlockM];
+    point_to_rows(params_.q, queries, block.head, q, kBackwardBlockM);
+    point_to_rows(params_.dout, queries, block.head, dout, kBackwardBlockM);
+    const bool finite = pairs_.pack_queries(q, dout, queries.rows.size()) && keys_finite_;
+    if constexpr (kFallsBack) {
+      if (!finite) {
+        if (!float_keys_packed_) float_pairs_.pack_keys(k_, v_, keys.rows);
+        float_keys_packed_ = true;
+        float_pairs_.pack_queries(q, dout, queries.rows.size());
+        return multiply(float_pairs_, keys, queries, block, mask);
+      }
+    }
+    return multiply(pairs_, keys, queries, block, mask);
+  }
+
   // Pointers to the rows of a block, the rest null.
   template <typename U>
   void point_to_rows(const Operand& x, const BackwardBlock& block, int64_t head, U** rows,
@@ -140,11 +151,10 @@ class BackwardTask {
     }
   }
 
-  // One pair of blocks. dQ waits for its turn and goes out after the last one. False: the call has
-  // failed elsewhere.
+  // dQ waits for its turn and goes out after the last one.
   template <typename Pairs>
-  bool add(Pairs& pairs, const BackwardBlock& keys, const BackwardBlock& queries,
-           const QueryBlock& block, const Mask& mask) {
+  bool multiply(Pairs& pairs, const BackwardBlock& keys, const BackwardBlock& queries,
+                const QueryBlock& block, const Mask& mask) {
     pairs.make_scores(block, mask, dropout_);
     pairs.add_to_dk_dv(dk_, dv_, dkv_stride_);
     const BackwardPlan::Turn turn = plan_.turn(keys, queries, block.head);
@@ -180,10 +190,15 @@ class BackwardTask {
   const Dropout& dropout_;
   const int64_t d_;
   const int64_t width_;  // floats of a row of dQ, rows of dK^T and dV^T
+
+  const T *k_[kBackwardMaxBlockN], *v_[kBackwardMaxBlockN];  // rows of the block of keys
   BlockPairs<kNumParts> pairs_;
-  BlockPairs<0> float_pairs_;  // for blocks with infinities and NaN
-  float *dk_, *dv_;            // (head dimension, keys), dkv_stride_ apart
-  int64_t dkv_stride_;
+  BlockPairs<0> float_pairs_;
+  bool keys_finite_ = true;
+  bool float_keys_packed_ = false;
+
+  const int64_t dkv_stride_;
+  float *dk_, *dv_;          // (head dimension, keys), dkv_stride_ apart
   float* dq_;                // of a block of queries that only one block of keys serves
   float *lse_, *softmax_d_;  // of a block of queries
 };

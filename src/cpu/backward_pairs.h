@@ -39,7 +39,7 @@ class BlockPairs {
   using Operands = BackwardOperands<kNumParts>;
   using Matrix = typename Operands::Matrix;
   static constexpr int64_t kTileM = Operands::kTileM, kTileN = Operands::kTileN;
-  static constexpr int64_t kMaxStrips = 4;
+  static constexpr int64_t kMaxStrips = 4;  // in a block of queries
 
   // Blocks of up to block_m queries and block_n keys, multiples of all tiles.
   BlockPairs(ScratchMemory& memory, int64_t block_m, int64_t block_n, int64_t head_dim)
@@ -75,6 +75,7 @@ class BlockPairs {
   bool pack_keys(const T* const* k, const T* const* v, Range keys) {
     keys_ = keys;
     num_keys_ = round_up(keys.size(), kTileN);
+    for (int64_t i = 0; i < kTileN; ++i) ones_[i] = 1.0f;
     const bool k_finite = Operands::pack_transposed(k, num_keys_, d_, k_scores_);
     Operands::pack_wide(k, num_keys_, d_, k_rows_);
     return Operands::pack_transposed(v, num_keys_, d_, v_scores_) && k_finite;
@@ -220,13 +221,6 @@ class BlockPairs {
     }
   }
 
- public:
-  // Once, before all tiles.
-  void set_ones() {
-    for (int64_t i = 0; i < kTileN; ++i) ones_[i] = 1.0f;
-  }
-
- private:
   const int64_t block_m_, d_, depth_, width_;
   Range keys_;            // of the block, within the sequence
   int64_t num_keys_ = 0;  // whole tiles
