@@ -29,7 +29,7 @@ def is_plain(q: Tensor, k: Tensor, v: Tensor) -> bool:
         and type(v) is Tensor
         and _len_torch_dispatch_stack() == 0
         and not _are_functorch_transforms_active()
-        and not q.is_meta
+        and not (q.is_meta or k.is_meta or v.is_meta)
         and not _profiler_enabled()
         and not _is_tracing()
     )
@@ -68,12 +68,18 @@ def prepare_for_cache(k_cache: Tensor, *tensors: Tensor | None) -> list[Tensor |
     return [maybe_contiguous(x) for x in tensors]
 
 
-def unpack(packed: Tensor, name: str, parts: int) -> tuple[Tensor, ...]:
-    """Queries, keys and values of a packed tensor, as views."""
-    if packed.dim() < 3 or packed.shape[-3] != parts:
+# Parts of packed tensors, and their leading dimensions: dense, and variable length.
+_PARTS = {"qkv": 3, "kv": 2}
+_DENSE, _VARLEN = "batch_size, seqlen", "total"
+
+
+def unpack(packed: Tensor, name: str, varlen: bool = False) -> tuple[Tensor, ...]:
+    """The queries, keys and values in the tensor `name` ("qkv" or "kv"), as views."""
+    parts = _PARTS[name]
+    if packed.dim() != (4 if varlen else 5) or packed.shape[-3] != parts:
         raise RuntimeError(
-            f"{name} must have shape (..., {parts}, num_heads, head_dim), "
-            f"but got {tuple(packed.shape)}"
+            f"{name} must have shape ({_VARLEN if varlen else _DENSE}, {parts}, num_heads, "
+            f"head_dim), but got {tuple(packed.shape)}"
         )
     return packed.unbind(-3)
 

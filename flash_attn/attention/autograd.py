@@ -203,7 +203,7 @@ class FlashAttnKVPackedFunc(torch.autograd.Function):
         is_grad_enabled=True,
         s_aux=None,
     ):
-        k, v = unpack(kv, "kv", 2)
+        k, v = unpack(kv, "kv")
         options = arguments.options(
             q,
             dropout_p,
@@ -245,7 +245,7 @@ class FlashAttnVarlenKVPackedFunc(torch.autograd.Function):
         is_grad_enabled=True,
         s_aux=None,
     ):
-        k, v = unpack(kv, "kv", 2)
+        k, v = unpack(kv, "kv", varlen=True)
         options = arguments.options(
             q,
             dropout_p,
@@ -285,7 +285,7 @@ class FlashAttnQKVPackedFunc(torch.autograd.Function):
         is_grad_enabled=True,
         s_aux=None,
     ):
-        q, k, v = unpack(qkv, "qkv", 3)
+        q, k, v = unpack(qkv, "qkv")
         options = arguments.options(
             q,
             dropout_p,
@@ -324,7 +324,7 @@ class FlashAttnVarlenQKVPackedFunc(torch.autograd.Function):
         is_grad_enabled=True,
         s_aux=None,
     ):
-        q, k, v = unpack(qkv, "qkv", 3)
+        q, k, v = unpack(qkv, "qkv", varlen=True)
         options = arguments.options(
             q,
             dropout_p,

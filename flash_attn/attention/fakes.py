@@ -10,6 +10,14 @@ from flash_attn.attention.registry import fake
 from flash_attn.backends.interface import MIN_DROPOUT_P
 
 
+def _check_devices(q, k, v):
+    for name, x in (("k", k), ("v", v)):
+        if x.device != q.device:
+            raise RuntimeError(
+                f"{name} must be on the same device as q ({q.device}), but is on {x.device}"
+            )
+
+
 def _forward_results(q, lse_shape, s_dmask_shape):
     return (
         torch.empty_like(maybe_contiguous(q)),
@@ -21,6 +29,7 @@ def _forward_results(q, lse_shape, s_dmask_shape):
 
 @fake("_flash_attn_forward")
 def _(q, k, v, dropout_p, scale, causal, left, right, softcap, alibi_slopes, return_softmax, *_):
+    _check_devices(q, k, v)
     batch, seqlen_q, num_heads, _ = q.shape
     lse_shape = (batch, num_heads, seqlen_q)
     has_s_dmask = return_softmax and dropout_p >= MIN_DROPOUT_P
@@ -46,6 +55,7 @@ def _(
     return_softmax=False,
     *_,
 ):
+    _check_devices(q, k, v)
     total_q, num_heads, _ = q.shape
     s_dmask_shape = (0,)
     if return_softmax and dropout_p >= MIN_DROPOUT_P:
@@ -71,7 +81,8 @@ def _(dout, q, k, v, out, softmax_lse, dsoftmax_lse, *rest):
 
 
 @fake("with_kvcache")
-def _(q, *_):
+def _(q, k_cache, v_cache, *_):
+    _check_devices(q, k_cache, v_cache)
     batch, seqlen_q, num_heads, _ = q.shape
     lse = q.new_empty((batch, num_heads, seqlen_q), dtype=torch.float32)
     return torch.empty_like(maybe_contiguous(q)), lse

@@ -152,7 +152,7 @@ def flash_attn_kvpacked_func(
         deterministic,
         s_aux,
     )
-    results = run_forward(q, *arguments.unpack(kv, "kv", 2), options, None, return_attn_probs)
+    results = run_forward(q, *arguments.unpack(kv, "kv"), options, None, return_attn_probs)
     return _results(q, results, return_attn_probs)
 
 
@@ -189,7 +189,7 @@ def flash_attn_qkvpacked_func(
             True,
             s_aux,
         )
-    q, k, v = arguments.unpack(qkv, "qkv", 3)
+    q, k, v = arguments.unpack(qkv, "qkv")
     options = arguments.options(
         q,
         dropout_p,
@@ -326,7 +326,7 @@ def flash_attn_varlen_kvpacked_func(
             True,
             s_aux,
         )
-    k, v = arguments.unpack(kv, "kv", 2)
+    k, v = arguments.unpack(kv, "kv", varlen=True)
     options = arguments.options(
         q,
         dropout_p,
@@ -382,7 +382,7 @@ def flash_attn_varlen_qkvpacked_func(
             True,
             s_aux,
         )
-    q, k, v = arguments.unpack(qkv, "qkv", 3)
+    q, k, v = arguments.unpack(qkv, "qkv", varlen=True)
     options = arguments.options(
         q,
         dropout_p,
