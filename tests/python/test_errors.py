@@ -98,7 +98,7 @@ ERRORS = {
     "key_head_dim": (lambda: dense(k=(2, 7, 2, 8)), "k must have shape"),
     "value_head_dim": (lambda: dense(v=(2, 7, 2, 8)), "v must have shape"),
     "qkv_shape": (lambda: flash_attn.flash_attn_qkvpacked_func(tensor(2, 5, 2, 4, 16)), "qkv"),
-    "qkv_rank": (lambda: flash_attn.flash_attn_qkvpacked_func(tensor(5, 3, 4, 16)), "must have"),
+    "qkv_rank": (lambda: flash_attn.flash_attn_qkvpacked_func(tensor(5, 3, 4, 16)), "qkv"),
     "kv_shape": (
         lambda: flash_attn.flash_attn_kvpacked_func(tensor(2, 5, 4, 16), tensor(2, 7, 3, 4, 16)),
         "kv",
@@ -376,12 +376,12 @@ def test_messages_say_what_was_given():
         dense(dtypes=(torch.float64,) * 3)
 
 
-@pytest.mark.parametrize("name", ("k", "v"))
+@pytest.mark.parametrize("name", ("q", "k", "v"))
 def test_different_devices(name):
-    """One tensor without memory that the CPU could read."""
+    """One tensor elsewhere (here on the meta device)."""
     tensors = {x: tensor(2, 5, 4, 16) for x in "qkv"}
     tensors[name] = tensors[name].to("meta")
-    with pytest.raises(RuntimeError, match="meta"):
+    with pytest.raises(RuntimeError, match="must be on the same device as q"):
         flash_attn.flash_attn_func(**tensors)
 
 
