@@ -130,14 +130,15 @@ test-sanitizers: $(VENV)/.package $(VENV)/.tools googletest  ## C++ tests and a 
 test-python: $(VENV)/.package $(VENV)/.tools  ## the Python suite against the installed package, with coverage
 	$(bin)/pytest -n $(JOBS) --cov --cov-report=term tests/python
 
-# Lines of the C++ that no test reaches, C++ and Python tests together.
+# C++ and Python tests together; in one process, because the workers of pytest-xdist do not exit in the
+# way that writes the counters.
 .PHONY: coverage
 coverage: $(VENV)/.package $(VENV)/.tools googletest  ## lines of C++ that no test reaches (slow; not part of test)
 	$(cmake) -B build/coverage $(cmake_flags) -DCMAKE_BUILD_TYPE=RelWithDebInfo \
 	  -DCMAKE_CXX_FLAGS_RELWITHDEBINFO="-O1 --coverage -fprofile-update=atomic"
 	$(cmake) --build build/coverage -j $(JOBS)
 	$(ctest) --test-dir build/coverage --progress --output-on-failure -j $(JOBS)
-	FLASH_ATTN_PLUS_CORE=$(abspath build/coverage/lib/_core.so) $(bin)/pytest -n $(JOBS) tests/python
+	FLASH_ATTN_PLUS_CORE=$(abspath build/coverage/lib/_core.so) $(bin)/pytest tests/python
 	$(bin)/gcovr --root . --filter src/ --merge-lines build/coverage --txt
 
 # ---- housekeeping ---------------------------------------------------------------------------------
