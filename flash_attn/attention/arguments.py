@@ -143,7 +143,9 @@ def options(
     s_aux: Tensor | None,
 ) -> Options:
     """The options of a call as a public function receives them."""
-    window_left, window_right = window(window_size)
+    if type(window_size) is not tuple or len(window_size) != 2:
+        window_size = window(window_size)
+    window_left, window_right = window_size
     if softmax_scale is None:
         softmax_scale = default_scale(q)
     rng_state = None
@@ -152,7 +154,7 @@ def options(
             dropout_p = 0.0
         elif 0 < dropout_p < 1:
             rng_state = draw_rng_state(q.device)
-    return Options(
+    fields = (
         softmax_scale,
         causal,
         window_left,
@@ -164,6 +166,7 @@ def options(
         rng_state,
         deterministic,
     )
+    return tuple.__new__(Options, fields)  # half the time of Options(...)
 
 
 def sequences(

@@ -19,10 +19,11 @@ def run_forward(
     options: Options,
     sequences: Sequences | None,
     return_s_dmask: bool,
+    return_lse: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Returns (out, softmax_lse, s_dmask); without dropout s_dmask is None or empty."""
     if is_plain(q, k, v):
-        return backend_for(q).forward(q, k, v, options, sequences, return_s_dmask)
+        return backend_for(q).forward(q, k, v, options, sequences, return_s_dmask, None, return_lse)
     transformed = _are_functorch_transforms_active() and needs_grad(q, k, v, options.s_aux)
     if sequences is None:
         call = torch.ops.flash_attn._flash_attn_forward

@@ -15,9 +15,7 @@ from flash_attn.attention.cache import with_kvcache
 from flash_attn.attention.calls import run_forward
 
 
-def _results(q: Tensor, results, return_attn_probs: bool):
-    if not return_attn_probs:
-        return results[0]
+def _with_s_dmask(q: Tensor, results):
     out, softmax_lse, s_dmask = results
     return out, softmax_lse, q.new_empty((0,)) if s_dmask is None else s_dmask
 
@@ -101,8 +99,8 @@ def flash_attn_func(
         deterministic,
         s_aux,
     )
-    results = run_forward(q, k, v, options, None, return_attn_probs)
-    return _results(q, results, return_attn_probs)
+    results = run_forward(q, k, v, options, None, return_attn_probs, return_attn_probs)
+    return _with_s_dmask(q, results) if return_attn_probs else results[0]
 
 
 def flash_attn_kvpacked_func(
@@ -152,8 +150,10 @@ def flash_attn_kvpacked_func(
         deterministic,
         s_aux,
     )
-    results = run_forward(q, *arguments.unpack(kv, "kv"), options, None, return_attn_probs)
-    return _results(q, results, return_attn_probs)
+    results = run_forward(
+        q, *arguments.unpack(kv, "kv"), options, None, return_attn_probs, return_attn_probs
+    )
+    return _with_s_dmask(q, results) if return_attn_probs else results[0]
 
 
 def flash_attn_qkvpacked_func(
@@ -201,8 +201,8 @@ def flash_attn_qkvpacked_func(
         deterministic,
         s_aux,
     )
-    results = run_forward(q, k, v, options, None, return_attn_probs)
-    return _results(q, results, return_attn_probs)
+    results = run_forward(q, k, v, options, None, return_attn_probs, return_attn_probs)
+    return _with_s_dmask(q, results) if return_attn_probs else results[0]
 
 
 def flash_attn_varlen_func(
@@ -278,8 +278,8 @@ def flash_attn_varlen_func(
     sequences = arguments.sequences(
         q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_table
     )
-    results = run_forward(q, k, v, options, sequences, return_attn_probs)
-    return _results(q, results, return_attn_probs)
+    results = run_forward(q, k, v, options, sequences, return_attn_probs, return_attn_probs)
+    return _with_s_dmask(q, results) if return_attn_probs else results[0]
 
 
 def flash_attn_varlen_kvpacked_func(
@@ -339,8 +339,8 @@ def flash_attn_varlen_kvpacked_func(
         s_aux,
     )
     sequences = arguments.sequences(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    results = run_forward(q, k, v, options, sequences, return_attn_probs)
-    return _results(q, results, return_attn_probs)
+    results = run_forward(q, k, v, options, sequences, return_attn_probs, return_attn_probs)
+    return _with_s_dmask(q, results) if return_attn_probs else results[0]
 
 
 def flash_attn_varlen_qkvpacked_func(
@@ -395,8 +395,8 @@ def flash_attn_varlen_qkvpacked_func(
         s_aux,
     )
     sequences = arguments.sequences(q, k, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
-    results = run_forward(q, k, v, options, sequences, return_attn_probs)
-    return _results(q, results, return_attn_probs)
+    results = run_forward(q, k, v, options, sequences, return_attn_probs, return_attn_probs)
+    return _with_s_dmask(q, results) if return_attn_probs else results[0]
 
 
 def flash_attn_with_kvcache(

@@ -77,8 +77,12 @@ class Backend(Protocol):
         sequences: Sequences | None = None,
         return_s_dmask: bool = False,
         out: Tensor | None = None,
+        return_lse: bool = True,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Returns (out, softmax_lse, s_dmask); s_dmask is None unless asked for with dropout."""
+        """Returns (out, softmax_lse, s_dmask).
+
+        s_dmask is None unless asked for with dropout; without return_lse, softmax_lse is undefined.
+        """
 
     def backward(
         self,
