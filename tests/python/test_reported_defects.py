@@ -77,8 +77,9 @@ def test_nan_in_the_gradients_of_a_single_key(dtype):
     out = flash_attn.flash_attn_func(q, k, v)
     dq, dk, dv = torch.autograd.grad(out, (q, k, v), torch.ones_like(out))
     assert torch.equal(out, v.detach())
-    assert torch.equal(dv, torch.ones_like(v))
-    # One key has the weight 1 whatever the score: rounding alone is left.
+    # One key has the weight 1 whatever the score: the rounding of scores up to 30 is left.
+    rounding = 32 * torch.finfo(dtype).eps
+    torch.testing.assert_close(dv, torch.ones_like(v), rtol=rounding, atol=0.0)
     limit = 16 * 27 * torch.finfo(dtype).eps
     assert dq.abs().max() <= limit and dk.abs().max() <= limit
 
@@ -145,7 +146,7 @@ def test_uninitialised_gradients_of_padding():
 def test_nan_in_gradients_of_equal_large_inputs():
     qkv = torch.full((2, 64, 3, 4, 32), 1000.0, dtype=BF16).requires_grad_()
     out = flash_attn.flash_attn_qkvpacked_func(qkv)
-    assert torch.equal(out, torch.full_like(out, 1000.0))
+    torch.testing.assert_close(out, torch.full_like(out, 1000.0), rtol=2**-7, atol=0.0)
     (gradient,) = torch.autograd.grad(out.float().mean(), qkv)
     assert gradient.isfinite().all()
 
@@ -154,10 +155,11 @@ def test_nan_in_gradients_of_equal_large_inputs():
 def test_nan_for_huge_scores():
     tensors = [torch.full((1, 1, 1, 64), 133120.0, dtype=BF16).requires_grad_() for _ in range(3)]
     out = flash_attn.flash_attn_func(*tensors)
-    assert torch.equal(out, tensors[2].detach())
+    torch.testing.assert_close(out, tensors[2], rtol=2**-7, atol=0.0)
     tensors = [torch.cat([x, -x], 1).detach() for x in tensors]
     out, lse, _ = flash_attn.flash_attn_func(*tensors, return_attn_probs=True)
-    assert torch.equal(out, tensors[2]) and lse.isfinite().all()
+    torch.testing.assert_close(out, tensors[2], rtol=2**-7, atol=0.0)
+    assert lse.isfinite().all()
 
 
 # -------------------------------------------------------------------------------------------------
