@@ -133,7 +133,8 @@ struct RotaryParams {
   int64_t cos_stride = 0, sin_stride = 0;
   int64_t num_positions = 0;
   int64_t rotary_dim = 0;
-  const int32_t* cu_seqlens = nullptr;        // (b + 1) or null
+  const int32_t* cu_seqlens = nullptr;  // (b + 1) or null
+  int64_t total_rows = 0;               // of x, with cu_seqlens; those of no sequence are copied
   const int32_t* seqlen_offsets32 = nullptr;  // (b), at most one of the two is given
   const int64_t* seqlen_offsets64 = nullptr;
   int64_t seqlen_offset = 0;

@@ -23,6 +23,7 @@ RotaryParams validate(const fap_rotary_args& args) {
   params.num_heads = x.shape(x.ndim() - 2);
   params.batch = batch_size(x, cu_seqlens);
   if (cu_seqlens) {
+    params.total_rows = x.shape(0);
     params.cu_seqlens = check_cu_seqlens(cu_seqlens, x, params.batch, x.shape(0), "max_seqlen",
                                          args.max_seqlen, params.seqlen);
   } else {

@@ -1,5 +1,6 @@
 // Rotary embedding of a whole tensor, in parallel over blocks of rows.
 #include <algorithm>
+#include <cstring>
 
 #include "cpu/cpu.h"
 #include "cpu/kernels.h"
@@ -14,6 +15,21 @@ int64_t first_position(const RotaryParams& params, int64_t batch) {
   if (params.seqlen_offsets32 != nullptr) return params.seqlen_offsets32[batch];
   if (params.seqlen_offsets64 != nullptr) return params.seqlen_offsets64[batch];
   return params.seqlen_offset;
+}
+
+// Rows that belong to no sequence have no position: they stay as they are.
+void copy_unused_rows(const RotaryParams& params) {
+  if (params.cu_seqlens == nullptr || params.out.data == params.x.data) return;
+  const int64_t size = element_size(params.dtype);
+  for (int64_t row = params.cu_seqlens[params.batch]; row < params.total_rows; ++row) {
+    const auto* x = static_cast<const char*>(row_at(params.x, size, 0, row));
+    auto* out = static_cast<char*>(row_at(params.out, size, 0, row));
+    for (int64_t head = 0; head < params.num_heads; ++head) {
+      std::memcpy(out + head * params.out.head_stride * size,
+                  x + head * params.x.head_stride * size,
+                  static_cast<size_t>(params.head_dim * size));
+    }
+  }
 }
 
 }  // namespace
@@ -60,6 +76,7 @@ void rotary(const RotaryParams& params) {
     rows.conjugate = params.conjugate;
     selected_kernels().rotate(rows);
   });
+  copy_unused_rows(params);
 }
 
 }  // namespace flash_attn_plus::cpu

@@ -248,5 +248,27 @@ INSTANTIATE_TEST_SUITE_P(Cases, Rotary,
                                          Case{3, 2, true, false}, Case{2, 2, false, false}),
                          name_of);
 
+TEST(RotaryTest, RowsOfNoSequenceAreCopied) {
+  constexpr int64_t kRows = 5, kDim = 16;
+  const std::vector<float> x = random_numbers(kRows * kDim, 1), tables(3 * kDim / 2, 0.5f);
+  std::vector<float> out(x.size(), -7.0f);
+  const int32_t cu_seqlens[] = {0, 3};
+  RotaryParams params;
+  params.batch = 1;
+  params.seqlen = 3;
+  params.num_heads = 1;
+  params.head_dim = params.rotary_dim = kDim;
+  params.x = {const_cast<float*>(x.data()), 0, kDim, kDim};
+  params.out = {out.data(), 0, kDim, kDim};
+  params.cos = params.sin = tables.data();
+  params.cos_stride = params.sin_stride = kDim / 2;
+  params.num_positions = 3;
+  params.cu_seqlens = cu_seqlens;
+  params.total_rows = kRows;
+  cpu::rotary(params);
+  for (int64_t i = 0; i < 3 * kDim; ++i) EXPECT_NE(out[i], x[i]);
+  for (int64_t i = 3 * kDim; i < kRows * kDim; ++i) EXPECT_EQ(out[i], x[i]);
+}
+
 }  // namespace
 }  // namespace flash_attn_plus
