@@ -200,6 +200,8 @@ def rotate_in_place(x: Tensor, parts: Parts, options: dict) -> Tensor:
     if not (torch.is_grad_enabled() and x.requires_grad):
         for part, cos, sin in parts(x):
             torch.ops.flash_attn.rotary_(part, cos, sin, **options)
+        if not (torch.compiler.is_compiling() or x.requires_grad or x.is_inference()):
+            torch.autograd.graph.increment_version(x)  # a gradient may need x as it was
         return x
     if not torch.compiler.is_compiling():
         return _RotateInPlace.apply(x, parts, options)

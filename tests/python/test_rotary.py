@@ -224,6 +224,17 @@ def test_in_place_on_something_needed_is_an_error_not_a_wrong_gradient():
         hidden.sum().backward()
 
 
+def test_in_place_without_gradient_is_noticed():
+    cos, sin = tables(16)
+    x, factor = torch.randn(2, 9, 3, 16), torch.ones((), requires_grad=True)
+    product = factor * x  # whose gradient needs x
+    apply_rotary_emb(x, cos, sin, inplace=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.sum().backward()
+    with torch.inference_mode():  # tensors without a version
+        apply_rotary_emb(torch.randn(2, 9, 3, 16), cos, sin, inplace=True)
+
+
 def test_gradient_that_is_shared_is_not_written_to():
     cos, sin = tables(16)
     x = torch.randn(2, 9, 3, 16, requires_grad=True)
