@@ -85,7 +85,11 @@ def test_the_list():
 def test_instruction_set(isa):
     result = subprocess.run(
         [sys.executable, str(Path(__file__))],
-        env={**os.environ, "FLASH_ATTN_PLUS_CPU_ISA": isa},
+        env={
+            **os.environ,
+            "FLASH_ATTN_PLUS_CPU_ISA": isa,
+            "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path),
+        },
         capture_output=True,
         text=True,
         timeout=500,
