@@ -9,6 +9,10 @@
 
 #include "attention/sequence.h"
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 namespace flash_attn_plus::cpu {
 namespace {
 
@@ -16,9 +20,22 @@ constexpr int64_t kPieceRows = 64;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// Memory for one call, in huge pages where the system has them: every page is touched for the first
+// time, and then again and again from far apart.
+constexpr std::align_val_t kAlignment{size_t{2} << 20};
+
 struct Release {
-  void operator()(float* memory) const { ::operator delete(memory, std::align_val_t{64}); }
+  void operator()(float* memory) const { ::operator delete(memory, kAlignment); }
 };
+
+float* allocate_floats(int64_t count) {
+  const size_t bytes = sizeof(float) * count;
+  void* memory = ::operator new(bytes, kAlignment);
+#if defined(__linux__)
+  madvise(memory, bytes, MADV_HUGEPAGE);  // a hint
+#endif
+  return static_cast<float*>(memory);
+}
 
 // What is known of one sequence.
 struct SequencePlan {
@@ -101,8 +118,7 @@ BackwardPlan::BackwardPlan(const BackwardParams& params, int64_t block_m, int64_
     }
   }
   if (num_accumulator_rows > 0) {
-    const size_t bytes = sizeof(float) * num_accumulator_rows * accumulator_dim;
-    state->accumulators.reset(static_cast<float*>(::operator new(bytes, std::align_val_t{64})));
+    state->accumulators.reset(allocate_floats(num_accumulator_rows * accumulator_dim));
   }
   state->counters = std::vector<std::atomic<int32_t>>(num_counters);
   state_ = state.release();
