@@ -52,9 +52,6 @@ def _rotate(
             interleaved=interleaved,
             conjugate=conjugate,
         )
-        if cu_seqlens is not None and out is not x and x.is_cpu:
-            end = int(cu_seqlens[-1])  # rows behind the last sequence stay as they are
-            out[end:] = x[end:]
         return
 
     positions = _positions(x, seqlen_offsets, seqlen_offset, cu_seqlens)
