@@ -91,13 +91,25 @@ FAP_INLINE bool update_maximum(const float* scores, int64_t stride, int begin, i
   return any(changed);
 }
 
+// The dropout words of 32 columns from `column` on, a multiple of 32.
+FAP_NOINLINE inline void dropout_words_32(const Dropout& dropout, const DropoutLanes& lanes,
+                                          int64_t batch, int64_t column, VecU* words) {
+  for (int c = 0; c < 8; ++c) {
+    VecU word[4];
+    dropout_words(dropout, lanes, batch, dropout_column_counter(column) + c, word);
+    for (int i = 0; i < 4; ++i) words[c + 8 * i] = word[i];
+  }
+}
+
 // p of rows [begin, end) of kVectors vectors of columns: sums into the state, and, dropped ones as
 // 0, through write(key, v, even, odd) for two keys at a time. dropout: null when off; `batch`,
-// `first_column`: of the block's key 0, a multiple of 32.
-template <int kVectors, int kExpDegree, typename Write>
+// `first_column`: of the block's key 0, a multiple of 32. meanwhile() is called once for every two
+// keys.
+template <int kVectors, int kExpDegree, typename Write, typename Meanwhile>
 FAP_INLINE void exponentiate(const float* scores, int64_t stride, int begin, int end, float factor,
                              SoftmaxState state, const Dropout* dropout, const LaneRows* rows,
-                             int64_t batch, int64_t first_column, const Write& write) {
+                             int64_t batch, int64_t first_column, const Write& write,
+                             const Meanwhile& meanwhile) {
   Vec sum[kVectors], shift[kVectors];
 #pragma GCC unroll 4
   for (int v = 0; v < kVectors; ++v) {
@@ -105,16 +117,11 @@ FAP_INLINE void exponentiate(const float* scores, int64_t stride, int begin, int
     const Vec maximum = load(state.max + v * kLanes);
     shift[v] = select(maximum == -kInfinity, Vec{}, -maximum);
   }
-  VecU words[32][kVectors];  // of 32 columns
+  VecU words[kVectors][32];
   for (int key = begin; key < end; key += 2) {
     if (dropout != nullptr && (key == begin || key % 32 == 0)) {
-      const uint32_t counter = dropout_column_counter(first_column + key / 32 * 32);
-      for (int c = 0; c < 8; ++c) {
-        for (int v = 0; v < kVectors; ++v) {
-          VecU word[4];
-          dropout_words(*dropout, rows[v].dropout, batch, counter + c, word);
-          for (int i = 0; i < 4; ++i) words[c + 8 * i][v] = word[i];
-        }
+      for (int v = 0; v < kVectors; ++v) {
+        dropout_words_32(*dropout, rows[v].dropout, batch, first_column + key / 32 * 32, words[v]);
       }
     }
 #pragma GCC unroll 4
@@ -125,11 +132,12 @@ FAP_INLINE void exponentiate(const float* scores, int64_t stride, int begin, int
       sum[v] = sum[v] + (even + odd);
       if (dropout != nullptr) {
         const DropoutLanes& lanes = rows[v].dropout;
-        even = select(dropout_keeps(*dropout, lanes, words[key % 32][v]), even, Vec{});
-        odd = select(dropout_keeps(*dropout, lanes, words[key % 32 + 1][v]), odd, Vec{});
+        even = select(dropout_keeps(*dropout, lanes, words[v][key % 32]), even, Vec{});
+        odd = select(dropout_keeps(*dropout, lanes, words[v][key % 32 + 1]), odd, Vec{});
       }
       write(key, v, even, odd);
     }
+    meanwhile();
   }
 #pragma GCC unroll 4
   for (int v = 0; v < kVectors; ++v) store(state.sum + v * kLanes, sum[v]);

@@ -167,6 +167,141 @@ inline void gemm(int m, int n, int k, BFloat16Matrix a, BFloat16Matrix b, float*
   }
 }
 
+// A product C = or += A B of 32 columns in small steps, for a caller that has vectors to work on
+// meanwhile. A step either multiplies, with 8 instructions that keep the tile unit busy for 64
+// cycles, or stores one tile: stores in a row would wait for the products before them and fill the
+// store buffer, and then the vectors wait as well. C's tiles stay in their registers between the
+// steps of a block of 32 rows, so one product must be finished before the next takes a step.
+template <int kNumParts>
+class SteppedProduct {
+ public:
+  static constexpr bool kStepped = true;
+
+  void start(int m, int k, BFloat16Matrix a, BFloat16Matrix b, float* c, int64_t ldc,
+             bool accumulate) {
+    rows_left_ = m;
+    k_ = k;
+    a_ = a;
+    b_ = b;
+    c_ = c;
+    ldc_ = ldc;
+    accumulate_ = accumulate;
+    begin_block();
+  }
+
+  int num_steps() const {
+    const int num_products = kNumParts * (kNumParts + 1) / 2;
+    return (rows_left_ + 31) / 32 * (k_ / 32 * num_products + last_tile());
+  }
+  bool finished() const { return rows_left_ <= 0; }
+
+  FAP_INLINE void step() {
+    if (order_ >= 0) {
+      multiply();
+    } else {
+      put_away(next_tile_++);
+      if (next_tile_ == last_tile()) {
+        rows_left_ -= 32;
+        a_.data += 32 * a_.stride;
+        c_ += 32 * ldc_;
+        begin_block();
+      }
+    }
+  }
+
+  __attribute__((noinline)) void finish() {
+    while (!finished()) step();
+  }
+
+ private:
+  // See gemm_block.
+  bool sums_apart() const { return kNumParts == 3 && accumulate_; }
+  int last_tile() const { return sums_apart() ? 8 : 4; }
+
+  void begin_block() {
+    order_ = kNumParts - 1;
+    a_part_ = i_ = next_tile_ = 0;
+  }
+
+  FAP_INLINE void multiply() {
+    const bool two = rows_left_ > 16;
+    if (order_ == kNumParts - 1 && a_part_ == 0 && i_ == 0) load_tiles(two);
+    const BFloat16* a = a_.data + a_part_ * a_.part_stride + i_;
+    const BFloat16* b = b_.data + (order_ - a_part_) * b_.part_stride + i_ / 2 * b_.stride;
+    _tile_loadd(4, a, 2 * a_.stride);
+    _tile_loadd(6, b, 2 * b_.stride);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_loadd(7, b + 32, 2 * b_.stride);
+    _tile_dpbf16ps(1, 4, 7);
+    if (two) {
+      _tile_loadd(5, a + 16 * a_.stride, 2 * a_.stride);
+      _tile_dpbf16ps(2, 5, 6);
+      _tile_dpbf16ps(3, 5, 7);
+    }
+    i_ += 32;
+    if (i_ < k_) return;
+    i_ = 0;
+    if (++a_part_ <= order_) return;
+    a_part_ = 0;
+    --order_;
+  }
+
+  FAP_INLINE void load_tiles(bool two) {
+    if (accumulate_ && !sums_apart()) {
+      _tile_loadd(0, c_, 4 * ldc_);
+      _tile_loadd(1, c_ + 16, 4 * ldc_);
+      if (two) {
+        _tile_loadd(2, c_ + 16 * ldc_, 4 * ldc_);
+        _tile_loadd(3, c_ + 16 * ldc_ + 16, 4 * ldc_);
+      }
+    } else {
+      _tile_zero(0);
+      _tile_zero(1);
+      _tile_zero(2);
+      _tile_zero(3);
+    }
+  }
+
+  // Stores tile `index`, or adds what tile index - 4 was stored as.
+  FAP_INLINE void put_away(int index) {
+    const int tile = index & 3;
+    if (tile >= 2 && rows_left_ <= 16) return;
+    const int row = tile / 2 * 16, column = tile % 2 * 16;
+    float* c = c_ + row * ldc_ + column;
+    if (index < 4) {
+      float* to = sums_apart() ? sum_ + 32 * row + column : c;
+      const int64_t bytes = 4 * (sums_apart() ? 32 : ldc_);
+      switch (index) {
+        case 0:
+          _tile_stored(0, to, bytes);
+          break;
+        case 1:
+          _tile_stored(1, to, bytes);
+          break;
+        case 2:
+          _tile_stored(2, to, bytes);
+          break;
+        default:
+          _tile_stored(3, to, bytes);
+          break;
+      }
+    } else {
+      for (int i = 0; i < 16; ++i) {
+        store(c + i * ldc_, load(c + i * ldc_) + load(sum_ + 32 * (row + i) + column));
+      }
+    }
+  }
+
+  int rows_left_ = 0, k_ = 0;
+  BFloat16Matrix a_{}, b_{};
+  float* c_ = nullptr;
+  int64_t ldc_ = 0;
+  bool accumulate_ = false;
+  int order_ = 0, a_part_ = 0, i_ = 0;  // next: parts a_part and order - a_part, from i on
+  int next_tile_ = 0;                   // when order < 0: to be put away
+  alignas(64) float sum_[32 * 32];
+};
+
 #elif defined(__AVX512BF16__)
 
 // Nothing to configure.
@@ -262,6 +397,21 @@ inline void gemm(int m, int n, int k, BFloat16Matrix a, BFloat16Matrix b, float*
       break;
   }
 }
+
+// Dot products share the float units with everything else: a product is made when it is started.
+template <int kNumParts>
+class SteppedProduct {
+ public:
+  static constexpr bool kStepped = false;
+  void start(int m, int k, BFloat16Matrix a, BFloat16Matrix b, float* c, int64_t ldc,
+             bool accumulate) {
+    gemm<kNumParts>(m, 64, k, a, b, c, ldc, accumulate);
+  }
+  static int num_steps() { return 0; }
+  static bool finished() { return true; }
+  static void step() {}
+  static void finish() {}
+};
 
 #else
 

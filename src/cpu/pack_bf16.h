@@ -8,12 +8,11 @@
 
 namespace flash_attn_plus::cpu::FAP_ISA {
 
-// Dwords (low[i], high[i]) of 16 words each.
-FAP_INLINE VecU interleave(__m256i low, __m256i high) {
-  const __m512i both = _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
+// Dwords (low half, high half) from the words of the two halves of a vector.
+FAP_INLINE VecU interleave_halves(__m512i x) {
   const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24,
                                          8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-  return (VecU)_mm512_permutexvar_epi16(order, both);
+  return (VecU)_mm512_permutexvar_epi16(order, x);
 }
 
 // Pairs (even, odd) in kNumParts parts: B of a product from two of its rows. The sum of the parts
@@ -22,8 +21,7 @@ template <int kNumParts>
 FAP_INLINE void split_pair(Vec even, Vec odd, VecU (&pair)[kNumParts]) {
 #pragma GCC unroll 3
   for (int p = 0; p < kNumParts; ++p) {
-    const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(odd, even);
-    pair[p] = interleave(_mm512_castsi512_si256(both), _mm512_extracti64x4_epi64(both, 1));
+    pair[p] = interleave_halves((__m512i)_mm512_cvtne2ps_pbh(odd, even));
     even = even - bits<Vec>(pair[p] << 16);
     odd = odd - bits<Vec>(pair[p] & 0xFFFF0000u);
   }
@@ -61,7 +59,8 @@ class RowReader {
   FAP_INLINE void load_pairs(const T* even, const T* odd, int64_t x, int64_t d,
                              VecU (&pair)[kNumParts]) {
     if constexpr (kRaw) {
-      pair[0] = interleave(load_raw(even, x, d), load_raw(odd, x, d));
+      pair[0] = interleave_halves(
+          _mm512_inserti64x4(_mm512_castsi256_si512(load_raw(even, x, d)), load_raw(odd, x, d), 1));
       see(pair[0]);
     } else {
       const Vec first = load_row(even, x, d), second = load_row(odd, x, d);
@@ -100,8 +99,8 @@ class RowReader {
 
 // dst (n, stride) in parts, zero from d on up to `width`, a multiple of 16.
 template <int kNumParts, typename T>
-inline bool pack_a_rows(const T* const* rows, int n, int64_t d, int64_t width, BFloat16* dst,
-                        int64_t stride, int64_t part_stride) {
+FAP_NOINLINE inline bool pack_a_rows(const T* const* rows, int n, int64_t d, int64_t width,
+                                     BFloat16* dst, int64_t stride, int64_t part_stride) {
   RowReader<kNumParts, T> reader;
   for (int i = 0; i < n; ++i) {
     for (int64_t x = 0; x < width; x += kLanes) {
@@ -114,8 +113,9 @@ inline bool pack_a_rows(const T* const* rows, int n, int64_t d, int64_t width, B
 // dst (height, stride) in parts, height >= d and `width` >= n being multiples of 16 and 32: zero
 // beyond.
 template <int kNumParts, typename T>
-inline bool pack_a_columns(const T* const* rows, int n, int64_t d, int64_t height, int width,
-                           BFloat16* dst, int64_t stride, int64_t part_stride) {
+FAP_NOINLINE inline bool pack_a_columns(const T* const* rows, int n, int64_t d, int64_t height,
+                                        int width, BFloat16* dst, int64_t stride,
+                                        int64_t part_stride) {
   RowReader<kNumParts, T> reader;
   for (int i = 0; i < width; i += 2 * kLanes) {
     for (int64_t x = 0; x < height; x += kLanes) {
@@ -142,8 +142,9 @@ inline bool pack_a_columns(const T* const* rows, int n, int64_t d, int64_t heigh
 // dst (height / 2, stride) pairs in parts, height >= n being a multiple of 2; zero from d on up to
 // `width`, a multiple of 16, and beyond row n. `stride` counts bf16 numbers, 2 * width at least.
 template <int kNumParts, typename T>
-inline bool pack_b_rows(const T* const* rows, int n, int64_t d, int height, int64_t width,
-                        BFloat16* dst, int64_t stride, int64_t part_stride) {
+FAP_NOINLINE inline bool pack_b_rows(const T* const* rows, int n, int64_t d, int height,
+                                     int64_t width, BFloat16* dst, int64_t stride,
+                                     int64_t part_stride) {
   RowReader<kNumParts, T> reader;
   for (int i = 0; i < height; i += 2) {
     for (int64_t x = 0; x < width; x += kLanes) {
@@ -160,8 +161,9 @@ inline bool pack_b_rows(const T* const* rows, int n, int64_t d, int height, int6
 // dst (height / 2, stride) pairs in parts, height >= d and `width` >= n being multiples of 32 and
 // 16: zero beyond. `stride` counts bf16 numbers, 2 * width at least.
 template <int kNumParts, typename T>
-inline bool pack_b_columns(const T* const* rows, int n, int64_t d, int64_t height, int width,
-                           BFloat16* dst, int64_t stride, int64_t part_stride) {
+FAP_NOINLINE inline bool pack_b_columns(const T* const* rows, int n, int64_t d, int64_t height,
+                                        int width, BFloat16* dst, int64_t stride,
+                                        int64_t part_stride) {
   RowReader<kNumParts, T> reader;
   for (int i = 0; i < width; i += kLanes) {
     for (int64_t x = 0; x < height; x += 2 * kLanes) {

@@ -54,8 +54,8 @@ FAP_INLINE Vec load_row(const T* row, int64_t x, int64_t d) {
 
 // dst (n, stride), zero from d on up to `width`, a multiple of kLanes.
 template <typename T>
-inline bool pack_rows(const T* const* rows, int n, int64_t d, int64_t width, float* dst,
-                      int64_t stride) {
+FAP_NOINLINE inline bool pack_rows(const T* const* rows, int n, int64_t d, int64_t width,
+                                   float* dst, int64_t stride) {
   Vec probe{};
   for (int i = 0; i < n; ++i) {
     for (int64_t x = 0; x < width; x += kLanes) {
@@ -69,8 +69,8 @@ inline bool pack_rows(const T* const* rows, int n, int64_t d, int64_t width, flo
 
 // dst (d, stride), zero from column n on up to `width`, a multiple of kLanes.
 template <typename T>
-inline bool pack_columns(const T* const* rows, int n, int64_t d, int width, float* dst,
-                         int64_t stride) {
+FAP_NOINLINE inline bool pack_columns(const T* const* rows, int n, int64_t d, int width, float* dst,
+                                      int64_t stride) {
   Vec probe{};
   for (int i = 0; i < width; i += kLanes) {
     for (int64_t x = 0; x < d; x += kLanes) {
@@ -92,7 +92,8 @@ inline bool pack_columns(const T* const* rows, int n, int64_t d, int width, floa
 
 // Row i of the result is column i of src (d, stride), i < n; null rows are skipped.
 template <typename T>
-inline void unpack_columns(const float* src, int64_t stride, int n, int64_t d, T* const* rows) {
+FAP_NOINLINE inline void unpack_columns(const float* src, int64_t stride, int n, int64_t d,
+                                        T* const* rows) {
   for (int i = 0; i < n; i += kLanes) {
     for (int64_t x = 0; x < d; x += kLanes) {
       Vec v[kLanes];

@@ -22,6 +22,7 @@
 #endif
 
 #define FAP_INLINE inline __attribute__((always_inline))
+#define FAP_NOINLINE __attribute__((noinline))
 
 namespace flash_attn_plus::cpu::FAP_ISA {
 
