@@ -566,7 +566,8 @@ def test_s_dmask_covers_the_whole_matrix():
     out, _, s_dmask = flash_attn.flash_attn_func(q, k, v, 1e-4, return_attn_probs=True)
     assert out.shape == q.shape
     assert s_dmask.shape[2] >= 31 and s_dmask.shape[3] >= 97 and s_dmask.isfinite().all()
-    assert (s_dmask[:, :, :31, :97].abs().amax(-1) == 1.0).all()
+    largest = s_dmask[:, :, :31, :97].abs().amax(-1)
+    torch.testing.assert_close(largest, torch.ones_like(largest))
 
 
 # aws-neuron-sdk 1156: NaN when dropout leaves a row without any entry
