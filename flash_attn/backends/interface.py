@@ -78,10 +78,10 @@ class Backend(Protocol):
         return_s_dmask: bool = False,
         out: Tensor | None = None,
         return_lse: bool = True,
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Returns (out, softmax_lse, s_dmask).
 
-        s_dmask is None unless asked for with dropout; without return_lse, softmax_lse is undefined.
+        softmax_lse is None without return_lse, s_dmask unless asked for with dropout.
         """
 
     def backward(

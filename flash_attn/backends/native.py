@@ -6,8 +6,6 @@ It allocates the outputs and passes everything on; the core checks the arguments
 
 from __future__ import annotations
 
-import threading
-
 import torch
 from torch import Tensor, get_num_threads
 
@@ -19,27 +17,6 @@ _NO_STREAM = 0
 
 # `new_empty` of a tensor of the right dtype is the cheapest way to a new one.
 _FLOAT32 = torch.empty(0, dtype=torch.float32)
-
-
-class _Scratch(threading.local):
-    """A log-sum-exp that nobody asked for, kept, when it is small, for the thread's next call."""
-
-    q_shape: torch.Size | None = None
-    softmax_lse: Tensor | None = None
-
-    MAX_NUMEL = 4096
-
-    def row_vector(self, q: Tensor, variable_length: bool) -> Tensor:
-        shape = q.shape
-        if shape == self.q_shape:
-            return self.softmax_lse
-        softmax_lse = _row_vector(q, variable_length)
-        if softmax_lse.numel() <= self.MAX_NUMEL:
-            self.q_shape, self.softmax_lse = shape, softmax_lse
-        return softmax_lse
-
-
-_scratch = _Scratch()
 
 
 def _row_vector(q: Tensor, variable_length: bool) -> Tensor:
@@ -68,10 +45,9 @@ def forward(
     return_s_dmask: bool = False,
     out: Tensor | None = None,
     return_lse: bool = True,
-) -> tuple[Tensor, Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Attention forward; see `Backend.forward`."""
-    row_vector = _row_vector if return_lse else _scratch.row_vector
-    softmax_lse = row_vector(q, sequences is not None)
+    softmax_lse = _row_vector(q, sequences is not None) if return_lse else None
     if out is None:
         out = torch.empty_like(q)
     if sequences is None:
@@ -103,7 +79,7 @@ def forward(
     s_dmask = None
     if return_s_dmask and dropout_p > 0:
         if sequences is None:
-            shape = (*softmax_lse.shape, k.shape[1])
+            shape = (q.shape[0], q.shape[2], q.shape[1], k.shape[1])
         else:
             shape = (cu_seqlens_q.shape[0] - 1, q.shape[1], max_seqlen_q, max_seqlen_k)
         s_dmask = q.new_empty(shape)

@@ -69,7 +69,7 @@ typedef struct fap_forward_args {
   const fap_tensor* k;           /* (b, sk, hk, d), (tk, hk, d) or (pages, page_size, hk, d) */
   const fap_tensor* v;           /* as k */
   const fap_tensor* out;         /* as q */
-  const fap_tensor* softmax_lse; /* (b, h, sq) or (h, tq), fp32 */
+  const fap_tensor* softmax_lse; /* (b, h, sq) or (h, tq), fp32, or NULL */
   const fap_tensor* s_dmask; /* (b, h, >= sq, >= sk), dtype of q; needs dropout_p > 0; or NULL */
   const fap_tensor* cu_seqlens_q; /* (b + 1), int32, or NULL */
   const fap_tensor* cu_seqlens_k; /* (b + 1), int32, or NULL; with block_table: lengths only */
@@ -135,7 +135,7 @@ typedef struct fap_kvcache_args {
   const fap_tensor* k;               /* (b, snew, hk, d), or NULL */
   const fap_tensor* v;               /* as k */
   const fap_tensor* out;             /* as q */
-  const fap_tensor* softmax_lse;     /* (b, h, sq), fp32 */
+  const fap_tensor* softmax_lse;     /* (b, h, sq), fp32, or NULL */
   const fap_tensor* rotary_cos;      /* (>= sk, rotary_dim / 2), dtype of q, or NULL */
   const fap_tensor* rotary_sin;      /* as rotary_cos */
   const fap_tensor* cache_seqlens;   /* (b), int32: valid keys before appending, or NULL: all */

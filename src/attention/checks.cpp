@@ -224,6 +224,7 @@ void check_outputs(const TensorArg& out, const TensorArg& softmax_lse, const Qkv
   check_like(out, t.q, "Output must have the same dtype as inputs");
   out.require_writable({t.q, t.k, t.v});
   params.out = out.operand();
+  if (!softmax_lse) return;
   check_row_vector(softmax_lse, t.q, params, variable_q);
   softmax_lse.require_writable({});
   params.softmax_lse = row_vector(softmax_lse);

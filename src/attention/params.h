@@ -6,6 +6,8 @@
 
 #include <cstdint>
 
+#include "attention/shared.h"
+
 namespace flash_attn_plus {
 
 enum class DType : uint8_t { kFloat32, kFloat16, kBFloat16 };
@@ -27,6 +29,11 @@ struct RowVector {
   int64_t batch_stride = 0;
   int64_t head_stride = 0;
   int64_t row_stride = 1;
+
+  // Nothing when nobody asked for it.
+  FAP_SHARED void set(int64_t batch, int64_t head, int64_t row, float value) const {
+    if (data != nullptr) data[batch * batch_stride + head * head_stride + row * row_stride] = value;
+  }
 };
 
 // What forward and backward have in common.

@@ -280,9 +280,7 @@ FAP_INLINE void finish_row(const DecodeTask& task, int64_t head_k, int64_t row, 
     }
   }
   const int64_t q_row = task.sequence.q_begin + query;
-  params.softmax_lse
-      .data[task.batch * params.softmax_lse.batch_stride + head * params.softmax_lse.head_stride +
-            q_row * params.softmax_lse.row_stride] = lse;
+  params.softmax_lse.set(task.batch, head, q_row, lse);
 
   T* result = static_cast<T*>(params.out.data) + task.batch * params.out.batch_stride +
               q_row * params.out.row_stride + head * params.out.head_stride;

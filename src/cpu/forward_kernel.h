@@ -144,9 +144,7 @@ void clear_unused_rows(const ForwardParams& params, Range rows) {
       std::memset(static_cast<T*>(params.out.data) + row * params.out.row_stride +
                       head * params.out.head_stride,
                   0, params.head_dim * sizeof(T));
-      params.softmax_lse
-          .data[head * params.softmax_lse.head_stride + row * params.softmax_lse.row_stride] =
-          kInfinity;
+      params.softmax_lse.set(0, head, row, kInfinity);
     }
   }
 }

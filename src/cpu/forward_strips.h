@@ -312,10 +312,7 @@ class ForwardStrips {
     }
     for (int i = 0; i < kLanes && first_row + i < num_rows_; ++i) {
       const int row = first_row + i;
-      params_.softmax_lse
-          .data[task_.batch * params_.softmax_lse.batch_stride +
-                head_of(row) * params_.softmax_lse.head_stride +
-                (sequence_.q_begin + query_of(row)) * params_.softmax_lse.row_stride] = lse[i];
+      params_.softmax_lse.set(task_.batch, head_of(row), sequence_.q_begin + query_of(row), lse[i]);
     }
     float* output =
         output_ + first_row / kStrip * engine_.output_dim() * kStrip + first_row % kStrip;
