@@ -158,6 +158,12 @@ void clear_s_dmask(const ForwardParams& params, int64_t batch, int64_t head) {
   }
 }
 
+// Cutting float into three parts costs more than six products save as long as the keys are few.
+template <typename T>
+FAP_INLINE bool pays_in_parts(const Sequence& sequence) {
+  return kParts<T> < 3 || sequence.seqlen_k > 512;
+}
+
 template <typename T>
 void forward_rows(const ForwardParams& params) {
   const Dropout dropout = make_dropout(params.dropout_p, params.seed, params.offset);
@@ -175,7 +181,10 @@ void forward_rows(const ForwardParams& params) {
     const ForwardTask& task = plan.task(index);
 #if defined(__AVX512BF16__)
     if constexpr (kParts<T> > 0) {
-      if (run_forward_task<T, BFloat16Engine<kParts<T>>>(params, dropout, task)) return;
+      if (pays_in_parts<T>(sequence_at(params, task.batch)) &&
+          run_forward_task<T, BFloat16Engine<kParts<T>>>(params, dropout, task)) {
+        return;
+      }
     }
 #endif
     run_forward_task<T, FloatEngine>(params, dropout, task);
