@@ -24,9 +24,7 @@ FAP_INLINE int64_t round_up(int64_t x, int64_t multiple) {
 // block crowd into a few sets of the cache.
 FAP_INLINE int64_t odd_stride(int64_t units) { return (round_up(units, 16) / 16 | 1) * 16; }
 
-// The two products of a tile of scores, S = Q K^T and dP = dO V^T, for matrix units that work
-// beside the vector units: `advance` is called kUnits times while the tile before is being
-// finished, and does its share each time. Without such a unit all is done at the start.
+// The two products of a tile of scores, S = Q K^T and dP = dO V^T, made when they are started.
 template <typename Operands>
 class ImmediateProducts {
  public:
@@ -42,95 +40,47 @@ class ImmediateProducts {
 
 #if defined(__AMX_BF16__)
 
+// The same for a tile unit that works beside the vector units: `advance` is called kUnits times while
+// the tile before is being finished and does its share of the steps each time.
 template <typename Operands>
-class InterleavedProducts {
+class SteppedProducts {
  public:
   using Matrix = typename Operands::Matrix;
-  static constexpr int kNumParts = Operands::kParts;
   static constexpr int kUnits = Operands::kTileM / 2 * (Operands::kTileN / kLanes);
-  static_assert(Operands::kTileM == 32 && Operands::kTileN == 32);
 
   FAP_INLINE void start(int64_t depth, Matrix q, Matrix k, float* scores, Matrix dout, Matrix v,
                         float* dp) {
-    left_[0] = q, left_[1] = dout;
-    right_[0] = k, right_[1] = v;
-    result_[0] = scores, result_[1] = dp;
-    num_steps_ = static_cast<int>(depth / 32);
-    groups_ = remaining_ = 2 * kPairs.count * num_steps_;
-    credit_ = product_ = 0;
-    begin_product();
+    start(scores_, depth, q, k, scores);
+    start(dp_, depth, dout, v, dp);
+    num_steps_ = scores_.num_steps() + dp_.num_steps();
+    credit_ = 0;
   }
   FAP_INLINE void advance() {
-    for (credit_ += groups_; credit_ >= kUnits; credit_ -= kUnits) add_group();
+    for (credit_ += num_steps_; credit_ >= kUnits; credit_ -= kUnits) {
+      if (!scores_.finished()) {
+        scores_.step();
+      } else if (!dp_.finished()) {
+        dp_.step();
+      }
+    }
   }
   FAP_INLINE void complete() {
-    while (remaining_ > 0) add_group();
-    groups_ = 0;
+    scores_.finish();
+    dp_.finish();
+    num_steps_ = 0;
   }
 
  private:
-  // Pairs of parts, the smallest products first (see gemm_bf16.h).
-  struct Pairs {
-    int count = 0;
-    int left[6] = {}, right[6] = {};
-    constexpr Pairs() {
-      for (int order = kNumParts - 1; order >= 0; --order) {
-        for (int part = 0; part <= order; ++part, ++count) {
-          left[count] = part;
-          right[count] = order - part;
-        }
-      }
-    }
-  };
-  static constexpr Pairs kPairs{};
+  using Product = SteppedProduct<Operands::kParts>;
 
-  FAP_INLINE void begin_product() {
-    pair_ = step_ = 0;
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
+  static FAP_INLINE void start(Product& product, int64_t depth, Matrix a, Matrix b, float* c) {
+    product.start(Operands::kTileM, static_cast<int>(depth), {a.data, a.stride, a.part_stride},
+                  {b.data, b.stride, b.part_stride}, c, Operands::kTileN, false);
   }
 
-  // One step of k for one pair of parts: C (32, 32) += A (32, 32) B (32, 32).
-  FAP_INLINE void add_group() {
-    const Matrix& a = left_[product_];
-    const Matrix& b = right_[product_];
-    const BFloat16* a_data = a.data + kPairs.left[pair_] * a.part_stride + 32 * step_;
-    const BFloat16* b_data = b.data + kPairs.right[pair_] * b.part_stride + 16 * step_ * b.stride;
-    _tile_loadd(4, a_data, 2 * a.stride);
-    _tile_loadd(6, b_data, 2 * b.stride);
-    _tile_dpbf16ps(0, 4, 6);
-    _tile_loadd(7, b_data + 32, 2 * b.stride);
-    _tile_dpbf16ps(1, 4, 7);
-    _tile_loadd(5, a_data + 16 * a.stride, 2 * a.stride);
-    _tile_dpbf16ps(2, 5, 6);
-    _tile_dpbf16ps(3, 5, 7);
-    --remaining_;
-    // All pairs but the last go through k together, then the last.
-    if (pair_ < kPairs.count - 2) {
-      ++pair_;
-    } else if (++step_ < num_steps_) {
-      if (pair_ == kPairs.count - 2) pair_ = 0;
-    } else if (pair_ == kPairs.count - 2) {
-      ++pair_;
-      step_ = 0;
-    } else {
-      float* c = result_[product_];
-      _tile_stored(0, c, 4 * 32);
-      _tile_stored(1, c + 16, 4 * 32);
-      _tile_stored(2, c + 16 * 32, 4 * 32);
-      _tile_stored(3, c + 16 * 32 + 16, 4 * 32);
-      if (++product_ < 2) begin_product();
-    }
-  }
-
-  Matrix left_[2], right_[2];
-  float* result_[2];
-  int num_steps_ = 0;
-  int groups_ = 0, remaining_ = 0;  // of both products
+  Product scores_, dp_;
+  int num_steps_ = 0;  // of both
   int credit_ = 0;
-  int product_ = 0, pair_ = 0, step_ = 0;  // what comes next
 };
 
 #endif
@@ -241,7 +191,7 @@ struct BackwardOperands {
 #if defined(__AMX_BF16__)
   // The tiles of one part take so short that interleaving costs more than it hides.
   using ScoreProducts = std::conditional_t<kNumParts == 1, ImmediateProducts<BackwardOperands>,
-                                           InterleavedProducts<BackwardOperands>>;
+                                           SteppedProducts<BackwardOperands>>;
   static constexpr int kTileM = 32;
   static constexpr int kTileN = 32;
 #else
