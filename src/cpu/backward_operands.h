@@ -40,8 +40,8 @@ class ImmediateProducts {
 
 #if defined(__AMX_BF16__)
 
-// The same for a tile unit that works beside the vector units: `advance` is called kUnits times while
-// the tile before is being finished and does its share of the steps each time.
+// The same for a tile unit that works beside the vector units: `advance` is called kUnits times
+// while the tile before is being finished and does its share of the steps each time.
 template <typename Operands>
 class SteppedProducts {
  public:
