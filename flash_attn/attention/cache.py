@@ -65,9 +65,20 @@ def _with_kvcache(
     )
 
 
-def with_kvcache(q: Tensor, k_cache: Tensor, v_cache: Tensor, *arguments) -> tuple[Tensor, Tensor]:
+def _mark_as_changed(cache: Tensor) -> None:
+    """Lets autograd notice that something it saved for a gradient was written to."""
+    if not (cache.requires_grad or cache.is_inference()):
+        torch.autograd.graph.increment_version(cache)
+
+
+def with_kvcache(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, k: Tensor | None, *arguments
+) -> tuple[Tensor, Tensor]:
     """Takes the arguments of the op in its order, and returns (out, softmax_lse)."""
-    call = _with_kvcache
     if not is_plain(q, k_cache, v_cache):
-        call = torch.ops.flash_attn.with_kvcache
-    return call(q, k_cache, v_cache, *arguments)
+        return torch.ops.flash_attn.with_kvcache(q, k_cache, v_cache, k, *arguments)
+    results = _with_kvcache(q, k_cache, v_cache, k, *arguments)
+    if k is not None:
+        _mark_as_changed(k_cache)
+        _mark_as_changed(v_cache)
+    return results

@@ -373,3 +373,14 @@ def test_return_values():
     assert isinstance(out, torch.Tensor) and out.shape == q.shape
     out, lse = flash_attn.flash_attn_with_kvcache(q, cache, cache, return_softmax_lse=True)
     assert lse.shape == (2, 4, 3) and lse.dtype == FP32
+
+
+def test_autograd_notices_the_change_of_a_cache():
+    k_cache, v_cache = torch.randn(2, 1, 8, 2, 16)
+    factor = torch.ones((), requires_grad=True)
+    loss = (factor * k_cache).sum()  # saves the cache for the gradient of factor
+    q, new = torch.randn(1, 1, 2, 16), torch.randn(1, 1, 2, 16)
+    lengths = torch.tensor([3], dtype=torch.int32)
+    flash_attn.flash_attn_with_kvcache(q, k_cache, v_cache, new, new, cache_seqlens=lengths)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
