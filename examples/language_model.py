@@ -171,7 +171,7 @@ def final_loss(losses):
 
 
 @torch.no_grad()
-def generate(model, prompt, args, temperature=0.6):
+def generate(model, prompt, args, temperature=0.8):
     """Continues the prompt to the model's context.
 
     Keys and values of what was written are kept: each step computes one row.
@@ -221,7 +221,7 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--target", type=float, default=2.2, help="loss that must be reached")
     parser.add_argument("--plot", type=pathlib.Path, help="where to save the loss curve (PNG)")
-    parser.add_argument("--prompt", default="def read(self, size):\n    ")
+    parser.add_argument("--prompt", default="    def __init__(self, ")
     args = parser.parse_args()
 
     text = standard_library_text()
