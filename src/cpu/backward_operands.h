@@ -279,7 +279,7 @@ struct BackwardOperands {
           if (r < num_rows) {
             x0 = load_row(rows[r], c, d);
             x1 = load_row(rows[r + 1], c, d);
-            probe = probe_finite(x1, probe_finite(x0, probe));
+            probe = probe_parts(x1, probe_parts(x0, probe));
           }
 #pragma GCC unroll 3
           for (int part = 0; part < kNumParts; ++part) {

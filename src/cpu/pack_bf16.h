@@ -38,6 +38,9 @@ FAP_INLINE void store_split(BFloat16* dst, int64_t part_stride, Vec x) {
   }
 }
 
+// NaN where a number has no parts: neither has one that rounds to infinity.
+FAP_INLINE Vec probe_parts(Vec x, Vec probe) { return probe_finite(x * 1.00390625f, probe); }
+
 // Reads rows for packing and remembers whether all numbers were finite.
 template <int kNumParts, typename T>
 class RowReader {
@@ -86,8 +89,7 @@ class RowReader {
     return load<__m256i>(buffer);
   }
 
-  // A number that rounds to infinity has no parts either.
-  FAP_INLINE void see(Vec x) { probe_ = fma(x * 1.00390625f, Vec{}, probe_); }
+  FAP_INLINE void see(Vec x) { probe_ = probe_parts(x, probe_); }
   FAP_INLINE void see(VecU pair) {
     largest_ = (VecU)_mm512_max_epu16((__m512i)largest_, (__m512i)(pair & 0x7FFF7FFFu));
   }
