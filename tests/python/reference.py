@@ -475,6 +475,8 @@ def kvcache_attention(
         )
         outs.append(out)
         lses.append(lse)
+    if batch == 0:
+        return torch.zeros(q.shape, dtype=dtype), torch.zeros(0, q.shape[2], sq, dtype=dtype)
     return torch.cat(outs), torch.cat(lses)
 
 

