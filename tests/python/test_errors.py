@@ -381,7 +381,7 @@ def test_different_devices(name):
     """One tensor elsewhere (here on the meta device)."""
     tensors = {x: tensor(2, 5, 4, 16) for x in "qkv"}
     tensors[name] = tensors[name].to("meta")
-    with pytest.raises(RuntimeError, match="must be on the same device as q|on meta"):
+    with pytest.raises(RuntimeError, match=r"must be on the same device as q|on meta"):
         flash_attn.flash_attn_func(**tensors)
 
 
