@@ -79,10 +79,9 @@ googletest:
 	    exit 1; }; }
 
 .PHONY: build
-build: $(VENV)/.tools googletest  ## the core and its tests in build/release, for work on the C++; also into flash_attn/lib
+build: $(VENV)/.tools googletest  ## the core and its tests in build/release, for work on the C++
 	$(cmake) -B build/release $(cmake_flags) -DCMAKE_BUILD_TYPE=Release
 	$(cmake) --build build/release -j $(JOBS)
-	$(cmake) --install build/release --component python --prefix . >/dev/null
 
 .PHONY: wheel
 wheel: $(VENV)/.torch  ## one wheel for every Python, in dist/
