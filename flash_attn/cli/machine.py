@@ -4,6 +4,7 @@ import importlib.metadata
 import os
 import pathlib
 import platform
+import time
 
 import torch
 
@@ -66,6 +67,17 @@ def accelerator():
 def cores():
     """Cores that this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def cpu_seconds_of_others():
+    """CPU time that all other programs have used since the system started; None where unknown."""
+    try:
+        with open("/proc/stat") as file:
+            user, nice, system, _, _, *interrupts = map(int, file.readline().split()[1:9])
+    except OSError:
+        return None
+    busy = (user + nice + system + sum(interrupts)) / os.sysconf("SC_CLK_TCK")
+    return busy - time.process_time()
 
 
 def cache_directory():
