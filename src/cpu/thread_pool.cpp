@@ -13,6 +13,7 @@
 #include <sched.h>
 #endif
 #if defined(__unix__) || defined(__APPLE__)
+#include <dlfcn.h>
 #include <pthread.h>
 #define FAP_HAS_FORK 1
 #endif
@@ -147,21 +148,66 @@ class ThreadPool {
 };
 
 std::atomic<ThreadPool*> current_pool{nullptr};
+std::atomic<bool> forked{false};
 
-// A forked child has none of its parent's threads, and the parent's pool may be locked: leave it.
-void forget_pool() { current_pool.store(nullptr); }
+// A forked child has none of its parent's threads, and their pools may be locked: leave them.
+void start_afresh() {
+  current_pool.store(nullptr);
+  forked.store(true);
+}
+
+void register_fork_handler() {
+#if defined(FAP_HAS_FORK)
+  static const int registered = pthread_atfork(nullptr, nullptr, start_afresh);
+  static_cast<void>(registered);
+#endif
+}
 
 ThreadPool& pool() {
   ThreadPool* pool = current_pool.load(std::memory_order_acquire);
   if (pool != nullptr) return *pool;
-#if defined(FAP_HAS_FORK)
-  static const int registered = pthread_atfork(nullptr, nullptr, forget_pool);
-  static_cast<void>(registered);
-#endif
   auto* fresh = new ThreadPool;
   if (current_pool.compare_exchange_strong(pool, fresh)) return *fresh;
   delete fresh;  // another thread was first, and this one has started no threads
   return *pool;
+}
+
+// An OpenMP runtime's `#pragma omp parallel`.
+using ParallelRegion = void (*)(void (*body)(void*), void* data, unsigned num_threads,
+                                unsigned flags);
+
+// That of the runtime that the process has loaded already, such as torch's; null when there is
+// none. Its threads spin for milliseconds after each of torch's operations, and threads of our own
+// would have to share the cores with them. OpenMP does not outlive a fork.
+ParallelRegion loaded_openmp() {
+#if defined(FAP_HAS_FORK)
+  static const auto region = reinterpret_cast<ParallelRegion>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+  return forked.load(std::memory_order_relaxed) ? nullptr : region;
+#else
+  return nullptr;
+#endif
+}
+
+// The region has as many threads as torch's have, whatever the number of tasks: a runtime ends
+// threads that a smaller region does not need.
+void run_on_openmp(ParallelRegion region, Job& job, int num_threads) {
+  struct Shared {
+    Job& job;
+    std::atomic<int> joined{0};
+    std::mutex mutex;
+    std::exception_ptr error;
+  } shared{job, {}, {}, {}};
+  const auto body = [](void* data) {
+    Shared& shared = *static_cast<Shared*>(data);
+    const int worker = shared.joined.fetch_add(1, std::memory_order_relaxed);
+    if (worker >= shared.job.num_workers) return;
+    if (std::exception_ptr error = shared.job.work(worker)) {
+      std::lock_guard lock(shared.mutex);
+      if (shared.error == nullptr) shared.error = error;
+    }
+  };
+  region(body, &shared, static_cast<unsigned>(num_threads), 0);
+  if (shared.error != nullptr) std::rethrow_exception(shared.error);
 }
 
 }  // namespace
@@ -181,8 +227,13 @@ void parallel_for(int num_threads, int64_t num_tasks, TaskRef task) {
     for (int64_t index = 0; index < num_tasks; ++index) task(index, 0);
     return;
   }
+  register_fork_handler();
   Job job(task, num_tasks, num_workers);
-  pool().run(job);
+  if (const ParallelRegion region = loaded_openmp()) {
+    run_on_openmp(region, job, num_threads);
+  } else {
+    pool().run(job);
+  }
 }
 
 }  // namespace flash_attn_plus::cpu

@@ -117,10 +117,10 @@ print("done")
     "threads,child_threads,nested", ((2, 2, True), (1, 2, False), (3, 1, False))
 )
 def test_use_fork_and_use(threads, child_threads, nested):
-    """The child finds its pool empty and makes its own; the parent's goes on."""
+    """The child makes threads of its own; the parent's go on."""
     code = FORK.format(threads=threads, child_threads=child_threads, nested=nested)
     result = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=500
+        [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=120
     )
     assert result.returncode == 0 and result.stdout == "done\n", result.stderr
 
@@ -157,7 +157,7 @@ def test_fork_while_another_thread_is_in_a_call():
         [sys.executable, "-W", "ignore", "-c", FORK_WHILE_BUSY],
         capture_output=True,
         text=True,
-        timeout=500,
+        timeout=120,
     )
     assert result.returncode == 0 and result.stdout == "done\n", result.stderr
 
@@ -179,7 +179,8 @@ if __name__ == "__main__":
     flash_attn.flash_attn_func(x, x, x)
     for context in ("fork", "spawn"):
         loader = DataLoader(Attention(), num_workers=2, multiprocessing_context=context)
-        assert [float(x.mean()) for x in loader] == [0.0, 1.0, 2.0, 3.0, 4.0, 5.0]
+        for i, out in enumerate(loader):
+            assert (out - i).abs().max() < 1e-5
     print("done")
 """
 
@@ -193,7 +194,7 @@ def test_workers_of_a_data_loader(tmp_path):
         env={**os.environ, "PYTHONPATH": os.pathsep.join([p for p in sys.path if p])},
         capture_output=True,
         text=True,
-        timeout=500,
+        timeout=120,
     )
     assert result.returncode == 0 and result.stdout == "done\n", result.stderr
 
