@@ -193,13 +193,15 @@ ParallelRegion loaded_openmp() {
 void run_on_openmp(ParallelRegion region, Job& job, int num_threads) {
   struct Shared {
     Job& job;
-    std::atomic<int> joined{0};
-    std::mutex mutex;
-    std::exception_ptr error;
-  } shared{job, {}, {}, {}};
+    const std::thread::id caller = std::this_thread::get_id();
+    std::atomic<int> joined{1};
+    std::mutex mutex{};
+    std::exception_ptr error{};
+  } shared{job};
   const auto body = [](void* data) {
     Shared& shared = *static_cast<Shared*>(data);
-    const int worker = shared.joined.fetch_add(1, std::memory_order_relaxed);
+    const bool is_caller = std::this_thread::get_id() == shared.caller;
+    const int worker = is_caller ? 0 : shared.joined.fetch_add(1, std::memory_order_relaxed);
     if (worker >= shared.job.num_workers) return;
     if (std::exception_ptr error = shared.job.work(worker)) {
       std::lock_guard lock(shared.mutex);

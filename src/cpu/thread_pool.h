@@ -27,9 +27,9 @@ class TaskRef {
 };
 
 // Calls task(index, worker) once for every index in [0, num_tasks), indices handed out in
-// increasing order to the caller and at most num_threads - 1 others, each with a worker number
-// below num_threads of its own. num_threads 0 means as many as there are cores. Returns when all
-// calls have returned; the first exception that one of them threw is thrown again here.
+// increasing order to the caller (worker 0) and at most num_threads - 1 others, each with a worker
+// number below num_threads of its own. num_threads 0 means as many as there are cores. Returns when
+// all calls have returned; the first exception that one of them threw is thrown again here.
 void parallel_for(int num_threads, int64_t num_tasks, TaskRef task);
 
 // Cores that this process may run on.
