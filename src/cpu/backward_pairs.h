@@ -187,8 +187,10 @@ class BlockPairs {
                                      derivative_);
     }
     if (dropout.enabled() && tile.index == tiles.begin) {
+      // Whole tiles: rows beyond the last have a p of 0, which must not meet a factor of NaN.
+      const Range whole{rows.begin, rows.begin + kTileM};
       const Range keys{keys_.begin + tiles.begin * kTileN, keys_.begin + tiles.end * kTileN};
-      fill_dropout_factors(dropout, queries.batch, queries.head, rows, keys, dropout_);
+      fill_dropout_factors(dropout, queries.batch, queries.head, whole, keys, dropout_);
     }
     const bool has_softcap = rule.softcap > 0.0f, has_dropout = dropout.enabled();
     finish_tile<kNumParts>({.scores = scores_[buffer],

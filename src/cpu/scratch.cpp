@@ -1,5 +1,6 @@
 #include "cpu/scratch.h"
 
+#include <cstring>
 #include <memory>
 #include <new>
 
@@ -27,6 +28,9 @@ void* thread_scratch(size_t bytes) {
     scratch.memory.reset(::operator new(bytes, kAlignment));
     scratch.size = bytes;
   }
+#if defined(FLASH_ATTN_PLUS_POISON_SCRATCH)
+  std::memset(scratch.memory.get(), 0xFF, bytes);  // NaN in every type: what is not written shows
+#endif
   return scratch.memory.get();
 }
 
