@@ -112,8 +112,7 @@ struct AppendParams {
   int64_t seqlen_new = 0;  // rows of k and v; 0 when there are none
   Operand q, q_rotated;    // q_rotated.data null: q is not rotated
   Operand k, v, k_cache, v_cache;
-  const int32_t* cache_seqlens = nullptr;  // (b) or null: cache_seqlen for all
-  int64_t cache_seqlen = 0;
+  const int32_t* cache_seqlens = nullptr;  // (b) keys before these
   const int32_t* cache_batch_idx = nullptr;
   const int32_t* block_table = nullptr;
   int64_t block_table_stride = 0;
@@ -125,7 +124,7 @@ struct AppendParams {
   int64_t rotary_sin_stride = 0;
   int64_t rotary_dim = 0;
   bool rotary_interleaved = false;
-  bool rotate_q_by_row = false;  // q row i at cache_seqlen + i (causal or windowed), else all alike
+  bool rotate_q_by_row = false;  // q row i at its cache length + i, else all rows alike
   int num_threads = 0;
 };
 

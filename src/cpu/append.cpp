@@ -11,9 +11,7 @@
 namespace flash_attn_plus::cpu {
 namespace {
 
-int64_t length(const AppendParams& params, int64_t batch) {
-  return params.cache_seqlens != nullptr ? params.cache_seqlens[batch] : params.cache_seqlen;
-}
+int64_t length(const AppendParams& params, int64_t batch) { return params.cache_seqlens[batch]; }
 
 // Head 0 of a row of a sequence's cache.
 void* cache_row(const AppendParams& params, const Operand& cache, int64_t size, int64_t batch,

@@ -174,9 +174,7 @@ void forward_rows(const ForwardParams& params) {
   }
   decode(params);  // sequences of few queries
   const ForwardPlan plan(params, max_decode_rows(params));
-  for (int i = 0; i < ForwardPlan::kNumUnused; ++i) {
-    clear_unused_rows<T>(params, plan.unused_rows(i));
-  }
+  clear_unused_rows<T>(params, plan.unused_rows());
   parallel_for(params.num_threads, plan.num_tasks(), [&](int64_t index, int) {
     const ForwardTask& task = plan.task(index);
 #if defined(__AVX512BF16__)

@@ -9,7 +9,7 @@ namespace flash_attn_plus::cpu {
 
 struct ForwardPlan::State {
   std::vector<ForwardTask> tasks;
-  Range unused[kNumUnused];
+  Range unused;
 };
 
 namespace {
@@ -68,8 +68,7 @@ ForwardPlan::ForwardPlan(const ForwardParams& params, int64_t decode_rows) : sta
   for (const Weighed& w : weighed) state_->tasks.push_back(w.task);
 
   if (params.cu_seqlens_q != nullptr) {
-    state_->unused[0] = {0, params.cu_seqlens_q[0]};
-    state_->unused[1] = {params.cu_seqlens_q[params.batch], params.total_q};
+    state_->unused = {params.cu_seqlens_q[params.batch], params.total_q};
   }
 }
 
@@ -77,6 +76,6 @@ ForwardPlan::~ForwardPlan() { delete state_; }
 
 int64_t ForwardPlan::num_tasks() const { return static_cast<int64_t>(state_->tasks.size()); }
 const ForwardTask& ForwardPlan::task(int64_t index) const { return state_->tasks[index]; }
-Range ForwardPlan::unused_rows(int index) const { return state_->unused[index]; }
+Range ForwardPlan::unused_rows() const { return state_->unused; }
 
 }  // namespace flash_attn_plus::cpu

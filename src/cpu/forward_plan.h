@@ -36,8 +36,7 @@ class ForwardPlan {
   const ForwardTask& task(int64_t index) const;
 
   // Rows of q that belong to no sequence, where lengths vary.
-  static constexpr int kNumUnused = 2;
-  Range unused_rows(int index) const;
+  Range unused_rows() const;
 
  private:
   struct State;
