@@ -5,7 +5,6 @@
 // both ends included, a negative side being infinite. Causal is right = 0.
 #pragma once
 
-#include <algorithm>
 #include <cstdint>
 
 #include "attention/shared.h"
@@ -18,7 +17,7 @@ struct Range {
   int64_t end = 0;
   FAP_SHARED constexpr bool empty() const { return begin >= end; }
   FAP_SHARED constexpr int64_t size() const { return empty() ? 0 : end - begin; }
-  constexpr bool operator==(const Range&) const = default;
+  FAP_SHARED constexpr bool operator==(const Range&) const = default;
 };
 
 struct Mask {
@@ -32,10 +31,10 @@ struct Mask {
   // Keys that query i sees.
   FAP_SHARED constexpr Range visible_keys(int64_t i) const {
     const int64_t diagonal = i + offset();
-    const int64_t begin = window_left < 0 ? 0 : std::max<int64_t>(0, diagonal - window_left);
+    const int64_t begin = window_left < 0 ? 0 : max_of<int64_t>(0, diagonal - window_left);
     const int64_t end =
-        window_right < 0 ? seqlen_k : std::min<int64_t>(seqlen_k, diagonal + window_right + 1);
-    return {begin, std::max(begin, end)};
+        window_right < 0 ? seqlen_k : min_of<int64_t>(seqlen_k, diagonal + window_right + 1);
+    return {begin, max_of(begin, end)};
   }
 
   // Keys that at least one of the queries sees: both bounds grow with the row.
@@ -43,7 +42,7 @@ struct Mask {
     if (queries.empty()) return {0, 0};
     const Range first = visible_keys(queries.begin);
     const Range last = visible_keys(queries.end - 1);
-    return {first.begin, std::max(first.begin, last.end)};
+    return {first.begin, max_of(first.begin, last.end)};
   }
 
   // Keys that all of the queries see: no mask is needed inside.
@@ -51,17 +50,17 @@ struct Mask {
     if (queries.empty()) return {0, 0};
     const Range first = visible_keys(queries.begin);
     const Range last = visible_keys(queries.end - 1);
-    return {last.begin, std::max(last.begin, first.end)};
+    return {last.begin, max_of(last.begin, first.end)};
   }
 
   // Queries that see at least one of the keys.
   FAP_SHARED constexpr Range any_seeing_queries(Range keys) const {
     if (keys.empty()) return {0, 0};
     const int64_t begin =
-        window_right < 0 ? 0 : std::max<int64_t>(0, keys.begin - offset() - window_right);
+        window_right < 0 ? 0 : max_of<int64_t>(0, keys.begin - offset() - window_right);
     const int64_t end =
-        window_left < 0 ? seqlen_q : std::min<int64_t>(seqlen_q, keys.end - offset() + window_left);
-    return {begin, std::max(begin, end)};
+        window_left < 0 ? seqlen_q : min_of<int64_t>(seqlen_q, keys.end - offset() + window_left);
+    return {begin, max_of(begin, end)};
   }
 };
 

@@ -66,18 +66,20 @@ struct AttentionParams {
   int64_t window_left = -1;   // -1: infinite
   int64_t window_right = -1;  // -1: infinite; causal is 0
 
-  double dropout_p = 0.0;  // 0: off
-  uint64_t seed = 0;       // rng_state[0]; meaningful when dropout_p > 0
-  uint64_t offset = 0;     // rng_state[1]
+  double dropout_p = 0.0;              // 0: off
+  const int64_t* rng_state = nullptr;  // (2) seed and offset; given iff dropout_p > 0
 
   int num_threads = 0;  // CPU: 0 means as many as there are cores
 
-  int64_t group_size() const { return num_heads / num_heads_k; }  // query heads per key head
+  FAP_SHARED int64_t group_size() const {
+    return num_heads / num_heads_k;
+  }  // query heads per key head
 };
 
 struct ForwardParams : AttentionParams {
   const int32_t* leftpad_k = nullptr;        // (b) or null: rows of k before the first valid one
   const int32_t* cache_batch_idx = nullptr;  // (b) or null: which batch row of k and v to use
+  int64_t cache_rows = 0;                    // batch rows of k and v; meaningful with the above
   const int32_t* block_table = nullptr;      // (b, ...) pages of each sequence, or null
   int64_t block_table_stride = 0;
   int64_t page_size = 0;  // rows of a page, any number from 1; 0 when not paged

@@ -65,8 +65,7 @@ void check_dropout(double dropout_p, const TensorArg& rng_state, const TensorArg
   rng_state.require_shape({{"2", 2}});
   rng_state.require_contiguous();
   params.dropout_p = dropout_p;
-  params.seed = static_cast<uint64_t>(rng_state.data<const int64_t>()[0]);
-  params.offset = static_cast<uint64_t>(rng_state.data<const int64_t>()[1]);
+  params.rng_state = rng_state.data<const int64_t>();
 }
 
 void check_s_dmask(const TensorArg& s_dmask, const TensorArg& q, ForwardParams& params) {
@@ -107,7 +106,10 @@ ForwardParams validate(const fap_forward_args& args) {
   Pages pages;
   if (block_table) pages = check_block_table(block_table, t.k, t.q, params.batch);
   check_lengths_and_shapes(args, t, block_table ? &pages : nullptr, params);
-  if (block_table) set_pages(pages, params);
+  if (block_table) {
+    set_pages(pages, params);
+    if (args.seqused_k != nullptr) params.seqlen_k = pages.capacity;
+  }
 
   const auto limit = [&](int64_t i) { return block_table ? pages.capacity : rows_of_k(params, i); };
   params.seqused_k = check_lengths({"seqused_k", args.seqused_k}, t.q, params.batch, limit,

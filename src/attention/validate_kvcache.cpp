@@ -97,6 +97,7 @@ KvCacheParams validate(const fap_kvcache_args& args) {
   params.cache_batch_idx = check_lengths(
       cache_batch_idx, t.q, params.batch, [&](int64_t) { return cache_rows - 1; },
       "the batch rows of the cache");
+  params.cache_rows = cache_rows;
   const auto limit = [&](int64_t) { return capacity; };
   params.seqused_k =
       check_lengths(cache_seqlens, t.q, params.batch, limit, "the length of the KV cache");

@@ -274,7 +274,7 @@ inline void sink_gradient(const BackwardParams& params, const BackwardPlan& plan
 
 template <typename T, int kNumParts>
 inline void run_backward_tasks(const BackwardParams& params, const BackwardPlan& plan) {
-  const Dropout dropout = make_dropout(params.dropout_p, params.seed, params.offset);
+  const Dropout dropout = make_dropout(params);
   using Task = BackwardTask<T, kNumParts>;
   ScratchMemory size;
   Task(size, params, plan, dropout);

@@ -46,7 +46,7 @@ struct DropoutLanes {
 
 // One Philox block a lane, in place; see attention/dropout.h.
 FAP_INLINE void philox(const Dropout& dropout, VecU (&counter)[4]) {
-  uint32_t key0 = dropout.key[0], key1 = dropout.key[1];
+  uint32_t key0 = dropout.key.word[0], key1 = dropout.key.word[1];
 #pragma GCC unroll 8
   for (int round = 0; round < kPhiloxRounds; ++round) {
     VecU high0, low0, high1, low1;

@@ -166,7 +166,7 @@ FAP_INLINE bool pays_in_parts(const Sequence& sequence) {
 
 template <typename T>
 void forward_rows(const ForwardParams& params) {
-  const Dropout dropout = make_dropout(params.dropout_p, params.seed, params.offset);
+  const Dropout dropout = make_dropout(params);
   if (params.s_dmask != nullptr) {
     parallel_for(params.num_threads, params.batch * params.num_heads, [&](int64_t index, int) {
       clear_s_dmask<T>(params, index / params.num_heads, index % params.num_heads);

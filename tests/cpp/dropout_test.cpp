@@ -11,12 +11,12 @@ namespace {
 
 // Known answers of Philox-4x32-7 from the Random123 distribution (kat_vectors).
 TEST(PhiloxTest, MatchesPublishedKnownAnswers) {
-  EXPECT_EQ(philox({0, 0, 0, 0}, {0, 0}),
-            (std::array<uint32_t, 4>{0x5f6fb709, 0x0d893f64, 0x4f121f81, 0x4f730a48}));
-  EXPECT_EQ(philox({0xffffffff, 0xffffffff, 0xffffffff, 0xffffffff}, {0xffffffff, 0xffffffff}),
-            (std::array<uint32_t, 4>{0x5207ddc2, 0x45165e59, 0x4d8ee751, 0x8c52f662}));
-  EXPECT_EQ(philox({0x243f6a88, 0x85a308d3, 0x13198a2e, 0x03707344}, {0xa4093822, 0x299f31d0}),
-            (std::array<uint32_t, 4>{0x4dfccaba, 0x190a87f0, 0xc47362ba, 0xb6b5242a}));
+  EXPECT_EQ(philox({{0, 0, 0, 0}}, {{0, 0}}),
+            (PhiloxBlock{{0x5f6fb709, 0x0d893f64, 0x4f121f81, 0x4f730a48}}));
+  EXPECT_EQ(philox({{0xffffffff, 0xffffffff, 0xffffffff, 0xffffffff}}, {{0xffffffff, 0xffffffff}}),
+            (PhiloxBlock{{0x5207ddc2, 0x45165e59, 0x4d8ee751, 0x8c52f662}}));
+  EXPECT_EQ(philox({{0x243f6a88, 0x85a308d3, 0x13198a2e, 0x03707344}}, {{0xa4093822, 0x299f31d0}}),
+            (PhiloxBlock{{0x4dfccaba, 0x190a87f0, 0xc47362ba, 0xb6b5242a}}));
 }
 
 TEST(DropoutTest, EveryEntryHasANumberOfItsOwn) {

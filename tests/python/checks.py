@@ -72,7 +72,7 @@ def assert_close(actual, expected, naive, what, *, dtype=None, input_dtype=None)
 
 
 def assert_attention_close(actual, function, tensors, what="", *, lse_dtype=FP32, **options):
-    """Compare (out, lse) with a function of reference.py.
+    """Compare (out, lse) with a function of the reference.
 
     lse is float32 whatever the dtype: its tolerance comes from a naive float32 computation, unless
     something that it depends on is rounded to the dtype on the way (lse_dtype). The exponentials
@@ -319,7 +319,7 @@ def check_backward(case, function=None):
 
 
 def check_gradients(actual, function, tensors, s_aux, dout, dlse, names, **options):
-    """Compare (out, lse, gradients) with a function of reference.py and its gradients."""
+    """Compare (out, lse, gradients) with a function of the reference and its gradients."""
     out, lse, gradients = actual
     dtype = out.dtype
     inputs = list(tensors) + ([("s_aux", s_aux)] if s_aux is not None else [])
@@ -334,3 +334,30 @@ def check_gradients(actual, function, tensors, s_aux, dout, dlse, names, **optio
     assert_close(lse, expected[1], naive_lse, "lse", dtype=FP32, input_dtype=dtype)
     for name, gradient, want, plain in zip(names, gradients, expected[2], naive[2], strict=True):
         assert_close(gradient, want, plain, name, dtype=dtype)
+
+
+def cumulative(*lengths):
+    return torch.tensor((0, *lengths), dtype=torch.int32).cumsum(0, dtype=torch.int32)
+
+
+def check_varlen_backward(q, k, v, cu_q, cu_k, max_q, max_k, **options):
+    """Run, differentiate and compare; returns out, lse and the gradients."""
+    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+    out, lse, _ = flash_attn.flash_attn_varlen_func(
+        *(*leaves, cu_q, cu_k, max_q, max_k), **options, return_attn_probs=True
+    )
+    dout = torch.randn_like(out)
+    gradients = torch.autograd.grad(out, leaves, dout)
+    check_gradients(
+        (out, lse, gradients),
+        reference.varlen_attention,
+        leaves,
+        None,
+        dout,
+        None,
+        ["dq", "dk", "dv"],
+        cu_seqlens_q=cu_q,
+        cu_seqlens_k=cu_k,
+        **options,
+    )
+    return out, lse, gradients

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))  # reference.py and checks.py
+sys.path.insert(0, str(Path(__file__).parent))  # the reference, checks.py and others
 
 # One thread for each worker of pytest-xdist, two otherwise. Results do not depend on the number;
 # test_determinism.py varies it.

@@ -23,10 +23,6 @@ from flash_attn.flash_attn_interface import _flash_attn_varlen_backward
 POISONS = (math.nan, math.inf, -math.inf)
 
 
-def cumulative(*lengths):
-    return torch.tensor((0, *lengths), dtype=torch.int32).cumsum(0, dtype=torch.int32)
-
-
 # -------------------------------------------------------------------------------------------------
 # Memory that does not belong to the call
 

@@ -1,14 +1,11 @@
 """Rotary embedding against the float64 reference: values, gradients, in place, packed, compiled."""
 
-from itertools import pairwise
-
 import pytest
-import reference
 import torch
-from checks import DTYPES, FP32, assert_close, dtype_id, interleaved, sliced, transposed
+from checks import DTYPES, FP32, dtype_id, interleaved, sliced, transposed
+from rotary_checks import OFFSETS, POSITIONS, check_rotation, expected_rotation, tables
 
 from flash_attn.layers.rotary import (
-    RotaryEmbedding,
     apply_rotary_emb,
     apply_rotary_emb_func,
     apply_rotary_emb_kv_,
@@ -17,49 +14,6 @@ from flash_attn.layers.rotary import (
     rotate_half,
 )
 from flash_attn.ops.triton.rotary import apply_rotary
-
-POSITIONS = 96
-
-
-def tables(rotary_dim, dtype=FP32, positions=POSITIONS):
-    angle = torch.rand(positions, rotary_dim // 2) * 2 * torch.pi
-    return angle.cos().to(dtype), angle.sin().to(dtype)
-
-
-def expected_rotation(x, cos, sin, *, offsets=0, cu_seqlens=None, dtype=torch.float64, **options):
-    """The reference's rotation of every sequence; rows of no sequence stay as they are."""
-    out = x.to(dtype, copy=True)
-    if cu_seqlens is None:
-        sequences = [(batch, slice(None), x.shape[1]) for batch in range(x.shape[0])]
-    else:
-        bounds = cu_seqlens.tolist()
-        sequences = [(slice(begin, end), ..., end - begin) for begin, end in pairwise(bounds)]
-    for number, (index, rest, length) in enumerate(sequences):
-        offset = offsets if isinstance(offsets, int) else int(offsets[number])
-        out[index, rest] = reference.apply_rotary(
-            x[index, rest],
-            cos,
-            sin,
-            positions=torch.arange(length) + offset,
-            dtype=dtype,
-            **options,
-        )
-    return out
-
-
-def check_rotation(actual, x, cos, sin, **options):
-    expected = expected_rotation(x, cos, sin, **options)
-    naive = expected_rotation(x, cos, sin, dtype=x.dtype, **options)
-    assert actual.dtype == x.dtype
-    assert_close(actual, expected, naive, "rotated")
-
-
-OFFSETS = {
-    "none": 0,
-    "int": 17,
-    "int32": torch.tensor([3, 0, 29], dtype=torch.int32),
-    "int64": torch.tensor([3, 0, 29]),
-}
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
@@ -359,191 +313,6 @@ def test_plain_torch_function(pairs):
 
 def test_old_name():
     assert apply_rotary_emb_func is apply_rotary_emb
-
-
-# --------------------------------------------------------------------------------------------------
-# torch.compile
-
-
-def compiled(function, **options):
-    torch._dynamo.reset()
-    return torch.compile(function, fullgraph=True, backend="aot_eager", **options)
-
-
-@pytest.mark.parametrize("inplace", [False, True], ids=["copy", "in_place"])
-@pytest.mark.parametrize("grad", [False, True], ids=["no_grad", "grad"])
-@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
-def test_compile(dynamic, grad, inplace):
-    cos, sin = tables(16)
-    offsets = torch.tensor([1, 5])
-
-    def function(x, offset):
-        hidden = x * 2
-        out = apply_rotary_emb(hidden, cos, sin, inplace=inplace, seqlen_offsets=offset)
-        return out**2, hidden * 1
-
-    for seqlen in (9, 12):
-        x = torch.randn(2, seqlen, 3, 16, requires_grad=grad)
-        for offset in (3, offsets):
-            actual = compiled(function, dynamic=dynamic)(x, offset)
-            expected = function(x, offset)
-            torch.testing.assert_close(actual, expected)
-            if grad:
-                dx = [torch.autograd.grad(a.sum() + b.sum(), x)[0] for a, b in (actual, expected)]
-                torch.testing.assert_close(dx[0], dx[1])
-
-
-def test_compile_in_place_on_inputs():
-    cos, sin = tables(16)
-    for grad in (False, True):
-        qkv = torch.randn(2, 9, 3, 4, 16, requires_grad=grad)
-        actual, expected = (qkv.detach().clone().requires_grad_(grad) for _ in range(2))
-        out = compiled(lambda x: apply_rotary_emb_qkv_(x, cos, sin) * 1)(actual)
-        expected_out = apply_rotary_emb_qkv_(expected, cos, sin) * 1
-        torch.testing.assert_close(out, expected_out)
-        torch.testing.assert_close(actual.detach(), expected.detach())
-        if grad:
-            dx = [
-                torch.autograd.grad((o**2).sum(), x)[0]
-                for o, x in ((out, actual), (expected_out, expected))
-            ]
-            torch.testing.assert_close(dx[0], dx[1])
-
-
-def test_compile_packed():
-    cos, sin = tables(16)
-    cu_seqlens = torch.tensor([0, 4, 17], dtype=torch.int32)
-    x = torch.randn(17, 3, 16, requires_grad=True)
-
-    def function(x, cu_seqlens):
-        return apply_rotary_emb(x, cos, sin, cu_seqlens=cu_seqlens, max_seqlen=13)
-
-    out = compiled(function)(x, cu_seqlens)
-    torch.testing.assert_close(out, function(x, cu_seqlens))
-    out.sum().backward()
-
-
-@pytest.mark.parametrize("module", ["qkv", "q_kv", "xpos"])
-def test_compile_module(module):
-    embedding = RotaryEmbedding(16, scale_base=512 if module == "xpos" else None)
-    x = torch.randn(2, 9, 3, 4, 16, requires_grad=True)
-
-    def function(x):
-        hidden = x * 1
-        if module == "q_kv":
-            q, kv = embedding(hidden[:, :, 0], hidden[:, :, 1:], seqlen_offset=2)
-            return torch.cat([q.unsqueeze(2), kv], dim=2)
-        return embedding(hidden, seqlen_offset=2)
-
-    out = compiled(function)(x)
-    expected = function(x)
-    torch.testing.assert_close(out, expected)
-    weights = torch.randn(x.shape)
-    dx = [torch.autograd.grad((o * weights).sum(), x)[0] for o in (out, expected)]
-    torch.testing.assert_close(dx[0], dx[1])
-
-
-@pytest.mark.parametrize("dtype", [FP32, torch.float64], ids=str)
-def test_opcheck(dtype):
-    cos, sin = tables(8, dtype)
-    x = torch.randn(2, 5, 2, 10, dtype=dtype)
-    packed = torch.randn(6, 2, 10, dtype=dtype)
-    cu_seqlens = torch.tensor([0, 2, 5], dtype=torch.int32)
-    offsets = torch.tensor([1, 3])
-    for tensor, options in (
-        (x, {"seqlen_offset": 2, "interleaved": True}),
-        (x.transpose(1, 2), {"seqlen_offsets": offsets, "conjugate": True}),
-        (packed, {"cu_seqlens": cu_seqlens, "max_seqlen": 3}),
-    ):
-        leaf = tensor.clone().requires_grad_()
-        torch.library.opcheck(torch.ops.flash_attn.rotary.default, (leaf, cos, sin), options)
-        torch.library.opcheck(
-            torch.ops.flash_attn.rotary_.default, (tensor.clone(), cos, sin), options
-        )
-
-
-def test_meta_tensors():
-    x = torch.empty(2, 5, 3, 16, device="meta")
-    table = torch.empty(9, 8, device="meta")
-    out = apply_rotary_emb(x, table, table)
-    assert out.shape == x.shape and out.device.type == "meta"
-
-
-# --------------------------------------------------------------------------------------------------
-# The module
-
-
-def test_embedding_angles():
-    embedding = RotaryEmbedding(8, base=100.0, interleaved=True)
-    x = torch.randn(2, 7, 2, 8)
-    q, _ = embedding(x.clone(), torch.randn(2, 7, 2, 2, 8), seqlen_offset=3)
-    angle = torch.outer(torch.arange(10.0), 100.0 ** (-torch.arange(0, 8, 2) / 8))
-    check_rotation(q, x, angle.cos(), angle.sin(), offsets=3, interleaved=True)
-
-
-def test_embedding_forms_agree():
-    embedding = RotaryEmbedding(16)
-    qkv = torch.randn(2, 7, 3, 4, 16)
-    out = embedding(qkv.clone())
-    q, kv = embedding(qkv[:, :, 0].clone(), qkv[:, :, 1:].clone())
-    assert torch.equal(out[:, :, 0], q) and torch.equal(out[:, :, 1:], kv)
-    grouped = embedding(qkv.flatten(2, 3).clone(), num_heads_q=4)
-    assert torch.equal(grouped, out.flatten(2, 3))
-    offsets = torch.tensor([3, 8])
-    by_tensor = embedding(qkv.clone(), seqlen_offset=offsets)
-    assert torch.equal(by_tensor, embedding(qkv.clone(), seqlen_offset=offsets, max_seqlen=40))
-    for row, offset in enumerate(offsets.tolist()):
-        assert torch.equal(by_tensor[row], embedding(qkv.clone(), seqlen_offset=offset)[row])
-    cu_seqlens = torch.tensor([0, 7, 14], dtype=torch.int32)
-    packed = embedding(qkv.flatten(0, 1).clone(), cu_seqlens=cu_seqlens, max_seqlen=7)
-    assert torch.equal(packed, out.flatten(0, 1))
-
-
-def test_embedding_works_in_place():
-    qkv = torch.randn(2, 7, 3, 4, 16)
-    assert RotaryEmbedding(16)(qkv) is qkv
-
-
-def test_embedding_depends_on_distance_only():
-    for scale_base in (None, 64):
-        embedding = RotaryEmbedding(16, scale_base=scale_base)
-        q, k = torch.randn(1, 1, 1, 16), torch.randn(1, 1, 1, 16)
-        rows = torch.stack([q, k, k], dim=2).expand(1, 40, 3, 1, 16).clone()
-        q, k, v = embedding(rows)[0, :, :, 0].unbind(1)
-        scores = q @ k.T
-        for distance in (1, 5, 20):
-            diagonal = scores.diagonal(distance)
-            torch.testing.assert_close(diagonal, diagonal[:1].expand_as(diagonal))
-        assert torch.equal(v, v[:1].expand_as(v))
-
-
-def test_embedding_keeps_float32_angles_when_it_is_cast():
-    embedding, reference_embedding = RotaryEmbedding(16).to(torch.bfloat16), RotaryEmbedding(16)
-    x = torch.randn(1, 700, 3, 1, 16)
-    embedding(x.to(torch.bfloat16))
-    reference_embedding(x.clone())
-    assert torch.equal(embedding._cos_cached, reference_embedding._cos_cached.to(torch.bfloat16))
-    assert not embedding.state_dict()
-
-
-def test_embedding_tables_grow_and_follow_the_dtype():
-    embedding = RotaryEmbedding(16)
-    embedding(torch.randn(1, 5, 3, 1, 16))
-    first = embedding._cos_cached
-    embedding(torch.randn(1, 3, 3, 1, 16))
-    assert embedding._cos_cached is first
-    embedding(torch.randn(1, 9, 3, 1, 16))
-    assert embedding._cos_cached.shape == (9, 8)
-    embedding(torch.randn(1, 9, 3, 1, 16).to(torch.bfloat16))
-    assert embedding._cos_cached.dtype == torch.bfloat16
-
-
-def test_embedding_made_in_inference_mode_trains():
-    embedding = RotaryEmbedding(16)
-    with torch.inference_mode():
-        embedding(torch.randn(1, 9, 3, 1, 16))
-    x = torch.randn(1, 9, 3, 1, 16, requires_grad=True)
-    embedding(x * 1).sum().backward()
 
 
 # --------------------------------------------------------------------------------------------------

@@ -72,8 +72,8 @@ class VarlenCase:
     def lengths(self):
         lengths_q, lengths_k = BATCHES[self.batch]
         return (
-            cumulative(lengths_q),
-            cumulative(lengths_k),
+            cumulative(*lengths_q),
+            cumulative(*lengths_k),
             max(lengths_q),
             max(lengths_k),
         )
@@ -89,10 +89,6 @@ class VarlenCase:
             shape = self.heads[:1] if self.alibi == "h" else (batch, self.heads[0])
             options["alibi_slopes"] = torch.rand(shape) * 0.3
         return options
-
-
-def cumulative(lengths):
-    return torch.tensor((0, *lengths), dtype=torch.int32).cumsum(0, dtype=torch.int32)
 
 
 def run(case, q, k, v, s_aux, options):
@@ -239,7 +235,7 @@ def test_gradients_of_packed_functions(dtype):
 def test_is_the_dense_function_on_equal_lengths(dtype):
     """Up to rounding: the layout decides nothing."""
     q, k, v = (torch.randn(3, 40, 4, 64).to(dtype) for _ in range(3))
-    cu = cumulative((40, 40, 40))
+    cu = cumulative(40, 40, 40)
     dense = flash_attn.flash_attn_func(q, k, v, causal=True)
     packed = flash_attn.flash_attn_varlen_func(
         *(x.flatten(0, 1) for x in (q, k, v)), cu, cu, 40, 40, causal=True
@@ -280,7 +276,7 @@ def test_strided_tokens(dtype):
 @pytest.mark.parametrize("causal", (False, True), ids=("full", "causal"))
 def test_tokens_of_no_sequence(dtype, causal):
     """Tokens beyond the last sequence: out 0, gradients 0."""
-    cu_q, cu_k = cumulative((5, 30)), cumulative((17, 20))
+    cu_q, cu_k = cumulative(5, 30), cumulative(17, 20)
     q = torch.randn(41, 4, 64).to(dtype).requires_grad_()
     k = torch.randn(50, 2, 64).to(dtype).requires_grad_()
     v = torch.randn(50, 2, 64).to(dtype).requires_grad_()
