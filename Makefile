@@ -113,7 +113,7 @@ test-cpp: build  ## GoogleTest, the symbol check, and a C program against the in
 # UndefinedBehaviorSanitizer. The interpreter is not built with them, so their runtime is preloaded, and
 # libstdc++ with it, because exceptions are intercepted there.
 sanitizer_env = ASAN_OPTIONS=detect_leaks=0:abort_on_error=1 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1
-sanitized_tests := $(wildcard $(addprefix tests/python/test_,fuzz_*.py errors.py environment.py poison.py))
+sanitized_tests := $(wildcard $(addprefix tests/python/test_,fuzz_*.py errors*.py environment.py poison.py))
 
 .PHONY: test-sanitizers
 test-sanitizers: $(VENV)/.package $(VENV)/.tools googletest  ## C++ tests and a part of the Python tests under the sanitizers

@@ -8,11 +8,6 @@ import torch
 
 import flash_attn
 import flash_attn_2_cuda
-from flash_attn.flash_attn_interface import (
-    _flash_attn_backward,
-    _flash_attn_forward,
-    _flash_attn_varlen_backward,
-)
 
 NAN, INFINITY = float("nan"), float("inf")
 
@@ -383,76 +378,6 @@ def test_different_devices(name):
 
 
 # -------------------------------------------------------------------------------------------------
-# Backward
-
-
-def backward_arguments(**changes):
-    q, k, v = tensor(2, 5, 4, 16), tensor(2, 7, 2, 16), tensor(2, 7, 2, 16)
-    out, lse, _, _ = _flash_attn_forward(q, k, v, 0.0, 0.25, False, -1, -1, 0.0, None, False)
-    arguments = {
-        "dout": torch.ones_like(q),
-        "q": q,
-        "k": k,
-        "v": v,
-        "out": out,
-        "softmax_lse": lse,
-        "dq": torch.empty_like(q),
-        "dk": torch.empty_like(k),
-        "dv": torch.empty_like(v),
-        "dropout_p": 0.0,
-        "softmax_scale": 0.25,
-        "causal": False,
-        "window_size_left": -1,
-        "window_size_right": -1,
-        "softcap": 0.0,
-        "alibi_slopes": None,
-        "deterministic": False,
-        "rng_state": None,
-    }
-    return {**arguments, **changes}
-
-
-BACKWARD_ERRORS = {
-    "rng_state": ({"dropout_p": 0.1}, "rng_state must be given when dropout_p > 0"),
-    "rng_state_dtype": (
-        {"dropout_p": 0.1, "rng_state": int32(1, 2)},
-        "rng_state must have dtype int64",
-    ),
-    "rng_state_shape": (
-        {"dropout_p": 0.1, "rng_state": torch.zeros(3, dtype=torch.int64)},
-        "rng_state must have shape",
-    ),
-    "dout_dtype": ({"dout": tensor(2, 5, 4, 16, dtype=F16)}, "query and dout must have the same"),
-    "dout_shape": ({"dout": tensor(2, 6, 4, 16)}, "dout must have shape"),
-    "out_shape": ({"out": tensor(2, 6, 4, 16)}, "out must have shape"),
-    "lse_shape": ({"softmax_lse": tensor(2, 4, 6)}, "softmax_lse must have shape"),
-    "lse_dtype": ({"softmax_lse": tensor(2, 4, 5, dtype=F16)}, "softmax_lse must have dtype"),
-    "dq_shape": ({"dq": tensor(2, 5, 4, 8)}, "dq must have shape"),
-    "dk_dtype": ({"dk": tensor(2, 7, 2, 16, dtype=BF16)}, "dk must have the same dtype as q"),
-    "dv_heads": ({"dv": tensor(2, 7, 4, 16)}, "dv must have shape"),
-    "dq_expanded": ({"dq": tensor(1, 5, 4, 16).expand(2, -1, -1, -1)}, "dq is written to"),
-}
-
-
-@pytest.mark.parametrize("name", BACKWARD_ERRORS)
-def test_backward_error(name):
-    changes, text = BACKWARD_ERRORS[name]
-    with pytest.raises(RuntimeError, match=re.escape(text)):
-        _flash_attn_backward(**backward_arguments(**changes))
-
-
-def test_varlen_backward_error():
-    q, k = tensor(12, 4, 16), tensor(20, 2, 16)
-    with pytest.raises(RuntimeError, match="max_seqlen_k is 10"):
-        _flash_attn_varlen_backward(
-            *(torch.ones_like(q), q, k, k, torch.ones_like(q), tensor(4, 12)),
-            *(torch.empty_like(q), torch.empty_like(k), torch.empty_like(k)),
-            *(int32(0, 5, 12), int32(0, 9, 20), 7, 10),
-            *(0.0, 0.25, False, -1, -1, 0.0, None, False),
-        )
-
-
-# -------------------------------------------------------------------------------------------------
 # Nothing is written before an error
 
 
@@ -478,16 +403,6 @@ def test_forward_writes_nothing_before_an_error():
         with pytest.raises(RuntimeError):
             raw.forward(**arguments)
     assert (out == 123.0).all() and (lse == 123.0).all() and (q == 1.0).all()
-
-
-def test_backward_writes_nothing_before_an_error():
-    for changes, _ in BACKWARD_ERRORS.values():
-        arguments = backward_arguments(dq=filled(2, 5, 4, 16), dk=filled(2, 7, 2, 16))
-        arguments["dv"] = filled(2, 7, 2, 16)
-        watched = [arguments[name] for name in ("dq", "dk", "dv") if name not in changes]
-        with pytest.raises(RuntimeError):
-            _flash_attn_backward(**{**arguments, **changes})
-        assert all((x == 123.0).all() for x in watched)
 
 
 @pytest.mark.parametrize(

@@ -13,10 +13,10 @@ from public_functions import (
     CU_Q,
     HEAD_DIM,
     HEADS,
-    OpRecorder,
     SK,
     SQ,
     KVCache,
+    OpRecorder,
     assert_same,
     every_function,
     inputs_of,
@@ -187,7 +187,6 @@ OPTION_NAMES = (
 
 # --------------------------------------------------------------------------------------------------
 # The ways that need to see a call
-
 
 
 @every_function

@@ -13,6 +13,7 @@ from checks import (
     Case,
     assert_attention_close,
     check_gradients,
+    cumulative,
     dtype_id,
     sliced,
 )

@@ -13,6 +13,7 @@ from checks import (
     assert_attention_close,
     assert_close,
     check_gradients,
+    cumulative,
     dtype_id,
     keep_masks_of,
     pairwise,
