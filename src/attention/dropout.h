@@ -21,7 +21,7 @@ constexpr uint32_t kPhiloxWeyl1 = 0xBB67AE85u;
 
 struct PhiloxBlock {
   uint32_t word[4];
-  FAP_SHARED constexpr bool operator==(const PhiloxBlock&) const = default;
+  constexpr bool operator==(const PhiloxBlock&) const = default;
 };
 struct PhiloxKey {
   uint32_t word[2] = {0, 0};

@@ -17,7 +17,7 @@ struct Range {
   int64_t end = 0;
   FAP_SHARED constexpr bool empty() const { return begin >= end; }
   FAP_SHARED constexpr int64_t size() const { return empty() ? 0 : end - begin; }
-  FAP_SHARED constexpr bool operator==(const Range&) const = default;
+  constexpr bool operator==(const Range&) const = default;
 };
 
 struct Mask {

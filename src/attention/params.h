@@ -54,6 +54,7 @@ struct AttentionParams {
   const int32_t* cu_seqlens_q = nullptr;  // (b + 1) or null
   const int32_t* cu_seqlens_k = nullptr;  // (b + 1) or null
   const int32_t* seqused_k = nullptr;     // (b) or null: keys in use of each sequence
+  int64_t seqlen_new = 0;                 // keys in use beyond those that seqused_k counts
 
   const float* alibi_slopes = nullptr;  // null: no ALiBi
   int64_t alibi_batch_stride = 0;       // 0 when shared by the batch
@@ -115,19 +116,31 @@ struct AppendParams {
   Operand q, q_rotated;    // q_rotated.data null: q is not rotated
   Operand k, v, k_cache, v_cache;
   const int32_t* cache_seqlens = nullptr;  // (b) keys before these
+  int64_t capacity = 0;  // rows that a sequence's cache has: none is written from there on
   const int32_t* cache_batch_idx = nullptr;
+  int64_t cache_rows = 0;  // batch rows of the caches; meaningful with the above
   const int32_t* block_table = nullptr;
   int64_t block_table_stride = 0;
   int64_t page_size = 0;
+  int64_t num_pages = 0;
 
   const void* rotary_cos = nullptr;  // (positions, rotary_dim / 2) in dtype, null: no rotation
   const void* rotary_sin = nullptr;
+  int64_t num_positions = 0;      // of the tables
   int64_t rotary_cos_stride = 0;  // of a position
   int64_t rotary_sin_stride = 0;
   int64_t rotary_dim = 0;
   bool rotary_interleaved = false;
   bool rotate_q_by_row = false;  // q row i at its cache length + i, else all rows alike
   int num_threads = 0;
+};
+
+// The cache function is an append followed by a forward over the longer cache. Where q is rotated,
+// its buffer append.q_rotated and forward.q are left to the backend, which owns that buffer.
+struct KvCacheParams {
+  bool appends = false;  // there are new keys
+  AppendParams append;
+  ForwardParams forward;
 };
 
 // Rotary embedding of a whole tensor.

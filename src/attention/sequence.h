@@ -45,8 +45,8 @@ FAP_SHARED Sequence sequence_at(const AttentionParams& params, int64_t batch, bo
     sequence.seqlen_k = clamped(length, min_of(params.seqlen_k, room));
   }
   if (params.seqused_k != nullptr) {
-    sequence.seqlen_k =
-        clamped(params.seqused_k[batch], paged ? params.seqlen_k : sequence.seqlen_k);
+    sequence.seqlen_k = clamped(params.seqused_k[batch] + params.seqlen_new,
+                                paged ? params.seqlen_k : sequence.seqlen_k);
   }
   return sequence;
 }

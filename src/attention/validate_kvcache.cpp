@@ -31,6 +31,7 @@ void check_rotary_tables(const TensorArg& cos, const TensorArg& sin, const Tenso
   check_same_dtype(sin, q, "rotary_sin must have the same dtype as query");
   cos.require_last_contiguous();
   sin.require_last_contiguous();
+  append.num_positions = cos.shape(0);
   append.rotary_cos = cos.data();
   append.rotary_sin = sin.data();
   append.rotary_cos_stride = cos.stride(0);
@@ -128,14 +129,12 @@ KvCacheParams validate(const fap_kvcache_args& args) {
     }
     t.k.require_writable({t.q, k, v});
     t.v.require_writable({t.q, k, v, t.k});
-    call.seqused_k.resize(static_cast<size_t>(params.batch));
+    params.seqlen_new = seqlen_new;
     for (int64_t i = 0; i < params.batch; ++i) {
-      const int64_t length = params.seqused_k[i] + seqlen_new;
-      if (length > capacity) {
+      if (params.seqused_k[i] + seqlen_new > capacity) {
         fail("cache_seqlens[", i, "] is ", params.seqused_k[i], ": with ", seqlen_new,
              " new keys it passes the end of the KV cache, which has room for ", capacity);
       }
-      call.seqused_k[static_cast<size_t>(i)] = static_cast<int32_t>(length);
     }
     call.appends = true;
     append.dtype = params.dtype;
@@ -150,10 +149,13 @@ KvCacheParams validate(const fap_kvcache_args& args) {
     append.k_cache = params.k;
     append.v_cache = params.v;
     append.cache_seqlens = params.seqused_k;
+    append.capacity = capacity;
     append.cache_batch_idx = params.cache_batch_idx;
+    append.cache_rows = cache_rows;
     append.block_table = params.block_table;
     append.block_table_stride = params.block_table_stride;
     append.page_size = params.page_size;
+    append.num_pages = params.num_pages;
     append.rotary_interleaved = args.rotary_interleaved != 0;
     append.num_threads = args.num_threads;
   }
@@ -168,9 +170,8 @@ KvCacheParams validate(const fap_kvcache_args& args) {
   }
   if (block_table) {
     for (int64_t i = 0; i < params.batch; ++i) {
-      const int64_t rows = call.appends                  ? call.seqused_k[static_cast<size_t>(i)]
-                           : params.seqused_k != nullptr ? params.seqused_k[i]
-                                                         : capacity;
+      const int64_t rows =
+          params.seqused_k != nullptr ? params.seqused_k[i] + params.seqlen_new : capacity;
       check_pages(pages, i, rows);
     }
   }
@@ -179,7 +180,6 @@ KvCacheParams validate(const fap_kvcache_args& args) {
   // As asked for: a window that hides nothing counts.
   append.rotate_q_by_row = args.causal || args.window_left >= 0 || args.window_right >= 0;
   if (rotary_cos) check_query_positions(rotary_cos, params, append);
-  if (call.appends) params.seqused_k = call.seqused_k.data();
   check_alibi({"alibi_slopes", args.alibi_slopes}, t.q, params);
   check_s_aux({"s_aux", args.s_aux}, t.q, params);
   check_outputs({"out", args.out}, {"softmax_lse", args.softmax_lse}, t, false, params);
