@@ -2,14 +2,19 @@
 
 Tensors on the CPU are always served by the native backend, the C++ core. For tensors on an
 accelerator the environment variable FLASH_ATTENTION_USE_FLAGGEMS decides (TRUE: FlagGems, FALSE:
-the native kernels; read once, when `flash_attn` is imported), and `set_backend` and `use_backend`
-override it. This version has no accelerator backend yet: calls on an accelerator are refused.
+the native CUDA kernels; read once, when `flash_attn` is imported), and `set_backend` and
+`use_backend` override it. Without a wish FlagGems serves where it is installed, and the native CUDA
+kernels otherwise. What is asked for and not there is an error: nothing falls back silently.
 """
 
 from __future__ import annotations
 
 import contextlib
 import contextvars
+import functools
+import importlib
+import importlib.util
+import logging
 import os
 from collections.abc import Iterator
 from types import ModuleType
@@ -17,7 +22,7 @@ from typing import NamedTuple
 
 import torch
 
-from flash_attn.backends import native
+from flash_attn.backends import cuda, native
 from flash_attn.backends.interface import Backend, Options, Sequences
 
 __all__ = [
@@ -27,9 +32,12 @@ __all__ = [
     "Sequences",
     "backend_for",
     "explain",
+    "serves",
     "set_backend",
     "use_backend",
 ]
+
+_log = logging.getLogger("flash_attn")
 
 ENVIRONMENT_VARIABLE = "FLASH_ATTENTION_USE_FLAGGEMS"
 BACKENDS = ("native", "flaggems")
@@ -114,27 +122,67 @@ class Choice(NamedTuple):
     reason: str
 
 
+_INSTALL = "Install it with pip install 'flash-attn[flaggems]' and the Triton of your accelerator"
+_USE_NATIVE = f"set {ENVIRONMENT_VARIABLE}=FALSE to use the native kernels"
+
+
+def _is_installed(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None
+
+
 def explain(device: torch.device | str) -> Choice:
     """Says which backend would serve tensors on `device`, and why. Never raises for a refusal."""
     device = torch.device(device)
     if device.type == "cpu":
         return Choice("native", "tensors on the CPU are always served by the native backend")
     wanted, source = requested()
-    asks = {
-        "flaggems": "asks for the FlagGems backend",
-        "native": "asks for the native CUDA backend",
-        None: "asks for FlagGems where it is installed, else for the native CUDA backend",
-    }[wanted]
-    return Choice(
-        None,
-        f"{source}: {asks}, but this version has no GPU backend yet; it serves tensors on the CPU",
-    )
+    installed = _is_installed("flag_gems")
+    if wanted is None:
+        source += f", and FlagGems is {'' if installed else 'not '}installed, which"
+    if wanted == "flaggems" or (wanted is None and installed):
+        if not installed:
+            failure = "importing flag_gems failed: No module named 'flag_gems'"
+            return Choice(
+                None, f"{source} needs FlagGems, but {failure}. {_INSTALL}, or {_USE_NATIVE}"
+            )
+        if not _is_installed("flash_attn.backends.flaggems"):
+            failure = "this version of flash_attn does not have it yet"
+            return Choice(
+                None, f"{source} asks for the FlagGems backend, but {failure}: {_USE_NATIVE}"
+            )
+        return Choice("flaggems", f"{source} asks for the FlagGems backend")
+    refusal = cuda.refusal(device)
+    if refusal is None:
+        return Choice("native", f"{source} asks for the native CUDA backend")
+    reason = f"{source} asks for the native CUDA backend, but {refusal}"
+    if wanted is None:
+        reason += f". FlagGems serves other accelerators. {_INSTALL}"
+    return Choice(None, reason)
 
 
-def _refusal(device: torch.device) -> Exception:
-    # Without the native kernels there is nothing but a missing package to report.
-    error = RuntimeError if requested()[0] == "native" else ImportError
-    return error(f"flash_attn cannot serve tensors on {device}. {explain(device).reason}.")
+@functools.cache
+def _accelerator_backend(device: torch.device, wanted: str | None) -> ModuleType:
+    """The backend chosen for a device; a refusal is raised, and looked into again the next time."""
+    backend, reason = explain(device)
+    if backend is None:
+        error = RuntimeError if wanted == "native" else ImportError
+        raise error(f"flash_attn: {reason}.")
+    if wanted is None:
+        _log.info("tensors on %s are served by the %s backend: %s", device, backend, reason)
+    if backend == "native":
+        cuda.prepare()
+        return native
+    return importlib.import_module("flash_attn.backends.flaggems")
+
+
+@functools.cache
+def _is_served(device: torch.device, wanted: str | None) -> bool:
+    return explain(device).backend is not None
+
+
+def serves(tensor: torch.Tensor) -> bool:
+    """Whether a backend serves calls on `tensor`."""
+    return tensor.is_cpu or _is_served(tensor.device, _block.get() or _process or _environment)
 
 
 def backend_for(tensor: torch.Tensor) -> ModuleType:
@@ -146,4 +194,4 @@ def backend_for(tensor: torch.Tensor) -> ModuleType:
     """
     if tensor.is_cpu:
         return native
-    raise _refusal(tensor.device)
+    return _accelerator_backend(tensor.device, _block.get() or _process or _environment)

@@ -2,6 +2,10 @@
 
 It allocates the outputs and passes everything on; the core checks the arguments, and raises
 `RuntimeError` or `ConstraintError` with the texts that users of FlashAttention-2 know.
+
+On a GPU the kernels are launched on the current stream of the tensors' device, which need not be
+the current device, and nothing is read there and nothing waited for. All memory comes from torch's
+allocator on that stream, so that a call can be captured in a graph.
 """
 
 from __future__ import annotations
@@ -12,11 +16,23 @@ from torch import Tensor, get_num_threads
 from flash_attn import _core
 from flash_attn.backends.interface import Options, Sequences
 
-# The CPU has no streams.
-_NO_STREAM = 0
+# The handle of a device's current stream, as an integer; in builds of torch that have streams.
+_current_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 
-# `new_empty` of a tensor of the right dtype is the cheapest way to a new one.
-_FLOAT32 = torch.empty(0, dtype=torch.float32)
+# An empty tensor of each device, by index (-1 is the CPU): `new_empty` of a tensor of the right
+# dtype is the cheapest way to a new one.
+_FLOAT32 = {-1: torch.empty(0, dtype=torch.float32, device="cpu")}
+
+
+def _like_float32(q: Tensor) -> Tensor:
+    """An empty float32 tensor on the device of q."""
+    try:
+        return _FLOAT32[q.get_device()]
+    except KeyError:
+        with torch.inference_mode(False):
+            return _FLOAT32.setdefault(
+                q.get_device(), torch.empty(0, dtype=torch.float32, device=q.device)
+            )
 
 
 def _row_vector(q: Tensor, variable_length: bool) -> Tensor:
@@ -24,9 +40,9 @@ def _row_vector(q: Tensor, variable_length: bool) -> Tensor:
     try:
         if variable_length:
             total_q, num_heads, _ = q.shape
-            return _FLOAT32.new_empty(num_heads, total_q)
+            return _like_float32(q).new_empty(num_heads, total_q)
         batch, seqlen_q, num_heads, _ = q.shape
-        return _FLOAT32.new_empty(batch, num_heads, seqlen_q)
+        return _like_float32(q).new_empty(batch, num_heads, seqlen_q)
     except ValueError:
         expected = (
             "(total_q, num_heads, head_dim)"
@@ -34,6 +50,18 @@ def _row_vector(q: Tensor, variable_length: bool) -> Tensor:
             else "(batch_size, seqlen_q, num_heads, head_dim)"
         )
         raise RuntimeError(f"q must have shape {expected}, but got {tuple(q.shape)}") from None
+
+
+def _stream(q: Tensor) -> int:
+    """The current stream of the device of q; the CPU has none."""
+    index = q.get_device()
+    return 0 if index < 0 else _current_stream(index)
+
+
+def _call_with_workspace(function, q: Tensor, arguments: tuple, num_bytes: int) -> None:
+    """Repeats a call of the core that asked for so many bytes; the CPU never does."""
+    workspace = torch.empty(num_bytes, dtype=torch.uint8, device=q.device)
+    function(*arguments, workspace.data_ptr(), num_bytes)
 
 
 def forward(
@@ -83,7 +111,7 @@ def forward(
         else:
             shape = (cu_seqlens_q.shape[0] - 1, q.shape[1], max_seqlen_q, max_seqlen_k)
         s_dmask = q.new_empty(shape)
-    _core.forward(
+    arguments = (
         q,
         k,
         v,
@@ -108,8 +136,10 @@ def forward(
         causal,
         num_splits,
         get_num_threads(),
-        _NO_STREAM,
+        _stream(q),
     )
+    if num_bytes := _core.forward(*arguments):
+        _call_with_workspace(_core.forward, q, arguments, num_bytes)
     return out, softmax_lse, s_dmask
 
 
@@ -135,7 +165,7 @@ def backward(
         max_seqlen_q = max_seqlen_k = 0
     else:
         cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_k = sequences[:5]
-    _core.backward(
+    arguments = (
         dout,
         q,
         k,
@@ -164,8 +194,10 @@ def backward(
         options.causal,
         options.deterministic,
         get_num_threads(),
-        _NO_STREAM,
+        _stream(q),
     )
+    if num_bytes := _core.backward(*arguments):
+        _call_with_workspace(_core.backward, q, arguments, num_bytes)
     return softmax_d
 
 
@@ -190,7 +222,7 @@ def kvcache(
     softmax_lse = _row_vector(q, False)
     if out is None:
         out = torch.empty_like(q)
-    _core.kvcache(
+    arguments = (
         q,
         k_cache,
         v_cache,
@@ -214,8 +246,10 @@ def kvcache(
         rotary_interleaved,
         num_splits,
         get_num_threads(),
-        _NO_STREAM,
+        _stream(q),
     )
+    if num_bytes := _core.kvcache(*arguments):
+        _call_with_workspace(_core.kvcache, q, arguments, num_bytes)
     return out, softmax_lse
 
 
@@ -235,7 +269,7 @@ def rotary(
     if out is None:
         out = torch.empty_like(x)
     by_sequence = isinstance(seqlen_offsets, Tensor)
-    _core.rotary(
+    arguments = (
         x,
         out,
         cos,
@@ -247,6 +281,8 @@ def rotary(
         interleaved,
         conjugate,
         get_num_threads(),
-        _NO_STREAM,
+        _stream(x),
     )
+    if num_bytes := _core.rotary(*arguments):
+        _call_with_workspace(_core.rotary, x, arguments, num_bytes)
     return out

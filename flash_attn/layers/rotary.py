@@ -135,7 +135,7 @@ def apply_rotary_emb_qkv_(
             return [(both, cos, sin)]
         return [(q, cos, sin), (k, cos_k, sin_k)]
 
-    options = rotary_options(seqlen_offsets, cu_seqlens, max_seqlen, interleaved)
+    options = rotary_options(qkv, seqlen_offsets, cu_seqlens, max_seqlen, interleaved)
     return rotate_in_place(qkv, parts, options)
 
 
@@ -162,7 +162,7 @@ def apply_rotary_emb_kv_(
     """
     if kv.shape[-3] != 2:
         raise RuntimeError(f"kv must have shape (..., 2, nheads, headdim), got {tuple(kv.shape)}")
-    options = rotary_options(seqlen_offsets, cu_seqlens, max_seqlen, interleaved)
+    options = rotary_options(kv, seqlen_offsets, cu_seqlens, max_seqlen, interleaved)
     return rotate_in_place(kv, lambda kv: [(kv[..., 0, :, :], cos, sin)], options)
 
 

@@ -11,8 +11,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from flash_attn.attention.arguments import max_seqlen as max_seqlen_of
 from flash_attn.attention.registry import define, fake, library
-from flash_attn.backends import backend_for, explain
+from flash_attn.backends import backend_for, serves
 
 _OPTIONS = (
     "Tensor? seqlen_offsets=None, SymInt seqlen_offset=0, Tensor? cu_seqlens=None, "
@@ -37,8 +38,7 @@ def _rotate(
     conjugate: bool = False,
 ) -> None:
     """Writes x, rotated, to `out`, which may be x itself."""
-    served = x.is_cpu or explain(x.device).backend is not None
-    if served and x.dtype in (torch.float32, torch.bfloat16, torch.float16):
+    if x.dtype in (torch.float32, torch.bfloat16, torch.float16) and serves(x):
         if cos.dtype not in (x.dtype, torch.float32) or sin.dtype != cos.dtype:
             cos, sin = cos.float(), sin.float()
         backend_for(x).rotary(
@@ -212,13 +212,14 @@ def rotate_in_place(x: Tensor, parts: Parts, options: dict) -> Tensor:
 
 
 def rotary_options(
+    x: Tensor,
     seqlen_offsets: int | Tensor = 0,
     cu_seqlens: Tensor | None = None,
     max_seqlen: int | Tensor | None = None,
     interleaved: bool = False,
     conjugate: bool = False,
 ) -> dict:
-    """The keyword arguments of the operators."""
+    """The keyword arguments of the operators on x."""
     options = {"interleaved": interleaved, "conjugate": conjugate, "cu_seqlens": cu_seqlens}
     if isinstance(seqlen_offsets, Tensor):
         options["seqlen_offsets"] = seqlen_offsets
@@ -227,7 +228,9 @@ def rotary_options(
     if cu_seqlens is not None:
         if max_seqlen is None:
             raise RuntimeError("If cu_seqlens is passed in, then max_seqlen must be passed")
-        options["max_seqlen"] = int(max_seqlen) if isinstance(max_seqlen, Tensor) else max_seqlen
+        if isinstance(max_seqlen, Tensor):
+            max_seqlen = max_seqlen_of(max_seqlen, x.shape[0])
+        options["max_seqlen"] = max_seqlen
     return options
 
 
@@ -263,7 +266,7 @@ def apply_rotary(
     Raises:
         RuntimeError: shapes or dtypes do not fit, or a position has no row in cos and sin.
     """
-    options = rotary_options(seqlen_offsets, cu_seqlens, max_seqlen, interleaved, conjugate)
+    options = rotary_options(x, seqlen_offsets, cu_seqlens, max_seqlen, interleaved, conjugate)
     if inplace:
         return rotate_in_place(x, lambda x: [(x, cos, sin)], options)
     return torch.ops.flash_attn.rotary(x, cos, sin, **options)

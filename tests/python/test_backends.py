@@ -11,18 +11,33 @@ import torch
 
 import flash_attn
 from flash_attn import backends
-from flash_attn.backends import backend_for, explain, native, set_backend, use_backend
+from flash_attn.backends import backend_for, cuda, explain, native, set_backend, use_backend
 from flash_attn.backends.interface import Backend
 
 GPU = torch.device("cuda", 1)
-NO_GPU = "this version has no GPU backend yet"
 
 
 @pytest.fixture(autouse=True)
 def _no_choice(monkeypatch):
     monkeypatch.setattr(backends, "_environment", None)
+    machine(monkeypatch)
     yield
     set_backend(None)
+
+
+def machine(monkeypatch, capability=(9, 0), modules=()):
+    """Pretends that there are GPUs of this compute capability, and that these modules can load."""
+    backends._accelerator_backend.cache_clear()
+    backends._is_served.cache_clear()
+
+    def get_device_capability(device):
+        if capability is None:
+            raise RuntimeError("Found no NVIDIA driver on your system")
+        return capability
+
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", get_device_capability)
+    monkeypatch.setattr(backends, "_is_installed", lambda module: module in modules)
 
 
 def on(device):
@@ -31,12 +46,12 @@ def on(device):
 
 
 def refused_with(error, device=GPU):
-    with pytest.raises(error, match=NO_GPU) as raised:
+    with pytest.raises(error) as raised:
         backend_for(on(device))
     assert raised.type is error
-    assert str(device) in str(raised.value)
-    assert explain(device).backend is None
-    assert explain(device).reason in str(raised.value)
+    choice = explain(device)
+    assert choice.backend is None and not backends.serves(on(device))
+    assert str(raised.value) == f"flash_attn: {choice.reason}."
     return str(raised.value)
 
 
@@ -54,43 +69,110 @@ def test_native_has_the_functions_of_a_backend():
         assert callable(getattr(Backend, name)) and callable(getattr(native, name))
 
 
+FLAGGEMS = ("flag_gems", "flash_attn.backends.flaggems")
+INSTALL = "Install it with pip install 'flash-attn[flaggems]' and the Triton of your accelerator"
+USE_NATIVE = "set FLASH_ATTENTION_USE_FLAGGEMS=FALSE to use the native kernels"
+
+
 @pytest.mark.parametrize(
-    "environment, choice, error, says",
+    "environment, installed", [("native", ()), ("native", FLAGGEMS), (None, ())]
+)
+def test_native_serves_nvidia_gpus(monkeypatch, environment, installed):
+    machine(monkeypatch, (8, 0), installed)
+    monkeypatch.setattr(backends, "_environment", environment)
+    assert backend_for(on(GPU)) is native and backends.serves(on(GPU))
+    assert explain(GPU).backend == "native"
+    assert "native CUDA backend" in explain(GPU).reason
+
+
+def test_flaggems_serves_where_it_is_installed(monkeypatch):
+    adapter = SimpleNamespace()
+    monkeypatch.setitem(sys.modules, "flash_attn.backends.flaggems", adapter)
+    machine(monkeypatch, modules=FLAGGEMS)
+    for environment in (None, "flaggems"):
+        monkeypatch.setattr(backends, "_environment", environment)
+        for device in (GPU, "xpu:0"):
+            assert backend_for(on(device)) is adapter
+            assert explain(device).backend == "flaggems"
+
+
+def test_the_choice_without_a_wish_is_logged_once(monkeypatch, caplog):
+    caplog.set_level("INFO", "flash_attn")
+    for _ in range(3):
+        backend_for(on(GPU))
+    (record,) = caplog.records
+    assert "tensors on cuda:1 are served by the native backend" in record.getMessage()
+    assert "FLASH_ATTENTION_USE_FLAGGEMS not set, and FlagGems is not installed" in caplog.text
+
+
+def test_flaggems_asked_for_and_not_installed(monkeypatch):
+    monkeypatch.setattr(backends, "_environment", "flaggems")
+    assert refused_with(ImportError) == (
+        "flash_attn: FLASH_ATTENTION_USE_FLAGGEMS=TRUE needs FlagGems, but importing flag_gems "
+        f"failed: No module named 'flag_gems'. {INSTALL}, or {USE_NATIVE}."
+    )
+
+
+@pytest.mark.parametrize("environment, asks", [("flaggems", "=TRUE"), (None, " not set, and")])
+def test_flaggems_installed_without_our_backend_for_it(monkeypatch, environment, asks):
+    machine(monkeypatch, modules=FLAGGEMS[:1])
+    monkeypatch.setattr(backends, "_environment", environment)
+    text = refused_with(ImportError)
+    assert text.startswith(f"flash_attn: FLASH_ATTENTION_USE_FLAGGEMS{asks}")
+    assert text.endswith(f"this version of flash_attn does not have it yet: {USE_NATIVE}.")
+
+
+@pytest.mark.parametrize(
+    "capability, device, says",
     [
-        (None, None, ImportError, "FLASH_ATTENTION_USE_FLAGGEMS not set"),
-        ("flaggems", None, ImportError, "FLASH_ATTENTION_USE_FLAGGEMS=TRUE: asks for the FlagGems"),
-        ("native", None, RuntimeError, "FLASH_ATTENTION_USE_FLAGGEMS=FALSE: asks for the native"),
-        ("native", "flaggems", ImportError, "set_backend('flaggems')"),
-        ("flaggems", "native", RuntimeError, "set_backend('native')"),
+        ((7, 5), GPU, "it needs compute capability 8.0 (Ampere) or newer, and cuda:1 has 7.5"),
+        (None, GPU, "torch cannot use cuda:1: Found no NVIDIA driver on your system"),
+        ((9, 0), "xpu:2", "it serves NVIDIA GPUs, and xpu:2 is of type xpu"),
+        ((9, 0), "mps", "it serves NVIDIA GPUs, and mps is of type mps"),
     ],
 )
-def test_accelerators_are_refused_with_the_reason(monkeypatch, environment, choice, error, says):
+def test_native_refuses_other_devices(monkeypatch, capability, device, says):
+    machine(monkeypatch, capability)
+    with use_backend("native"):
+        assert says in refused_with(RuntimeError, device)
+    text = refused_with(ImportError, device)
+    assert says in text and INSTALL in text
+
+
+def test_native_refuses_amd_gpus(monkeypatch):
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    with use_backend("native"):
+        assert "cuda:1 is of type AMD" in refused_with(RuntimeError)
+
+
+def test_a_refusal_ends_with_its_cause(monkeypatch):
+    machine(monkeypatch, None)
+    refused_with(ImportError)
+    machine(monkeypatch)
+    assert backend_for(on(GPU)) is native
+
+
+@pytest.mark.parametrize("environment", ["flaggems", "native", None])
+def test_process_choice_wins_over_the_environment(monkeypatch, environment):
     monkeypatch.setattr(backends, "_environment", environment)
-    set_backend(choice)
-    assert says in refused_with(error)
-
-
-@pytest.mark.parametrize("device", ["cuda", "cuda:3", "xpu", "mps", "npu"])
-def test_every_accelerator_is_refused(device):
-    try:
-        device = torch.device(device)
-    except RuntimeError:
-        pytest.skip("this torch does not know the device")
-    refused_with(ImportError, device)
+    set_backend("native")
+    assert backend_for(on(GPU)) is native
+    set_backend("flaggems")
+    assert "set_backend('flaggems') needs FlagGems" in refused_with(ImportError)
 
 
 def test_block_wins_over_process_and_ends():
     set_backend("flaggems")
     with use_backend("native"):
-        assert "use_backend('native')" in refused_with(RuntimeError)
+        assert backend_for(on(GPU)) is native
         with use_backend("flaggems"):
-            refused_with(ImportError)
-        refused_with(RuntimeError)
+            assert "use_backend('flaggems')" in refused_with(ImportError)
+        assert backend_for(on(GPU)) is native
         with use_backend(None):
             assert "set_backend('flaggems')" in refused_with(ImportError)
     refused_with(ImportError)
     set_backend(None)
-    assert "not set" in refused_with(ImportError)
+    assert backend_for(on(GPU)) is native
 
 
 def test_block_ends_with_an_exception():
@@ -177,8 +259,15 @@ def test_mixed_devices_are_an_error(mode):
         flash_attn.flash_attn_func(q, k, k).sum().item()
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU to refuse")
-def test_a_gpu_tensor_is_refused():
-    q = torch.randn(1, 3, 2, 64, dtype=torch.float16, device="cuda")
-    with pytest.raises(ImportError, match=NO_GPU):
-        flash_attn.flash_attn_func(q, q, q)
+def test_nvrtc_directories_begin_with_those_of_torch_s_cuda(monkeypatch, tmp_path):
+    for layout, name in (("cu13", "libnvrtc.so.13"), ("cuda_nvrtc", "libnvrtc.so.12")):
+        (tmp_path / layout / "lib").mkdir(parents=True)
+        (tmp_path / layout / "lib" / name).touch()
+    spec = SimpleNamespace(submodule_search_locations=[str(tmp_path)])
+    monkeypatch.setattr(cuda.importlib.util, "find_spec", lambda name: spec)
+    for version, first in (("12.8", "cuda_nvrtc"), ("13.0", "cu13")):
+        monkeypatch.setattr(torch.version, "cuda", version)
+        directories = cuda.nvrtc_directories()
+        assert directories[0] == tmp_path / first / "lib" and len(directories) == 3
+    monkeypatch.setattr(cuda.importlib.util, "find_spec", lambda name: None)
+    assert len(cuda.nvrtc_directories()) == 1
