@@ -10,6 +10,7 @@ import torch
 
 import flash_attn
 from flash_attn import backends
+from flash_attn.backends import cuda
 from flash_attn.cli import machine
 
 _VARIABLES = (
@@ -51,10 +52,28 @@ def core_lines():
     ]
 
 
+def gpu_lines(cache):
+    """What the native GPU kernels need: the driver, the compiler, and where its results are kept."""
+    from flash_attn import _core
+
+    lines = []
+    if hasattr(_core, "cuda_runtime"):  # lines of "name: value"
+        cuda.prepare()
+        report = attempt(_core.cuda_runtime)
+        lines += [tuple(line.split(": ", 1)) for line in report.splitlines() if ": " in line]
+    searched = ", ".join(map(str, cuda.nvrtc_directories()))
+    return [
+        *lines,
+        ("NVRTC of torch", searched),
+        ("compiled kernels", f"{cache}: {attempt(lambda: cache_state(cache))}"),
+    ]
+
+
 def self_test(device):
-    """The largest error of a small causal attention in float32 against float64, as text."""
+    """The largest error of a small causal attention against float64, as text."""
     generator = torch.Generator().manual_seed(0)
-    q, k, v = torch.randn(3, 1, 33, 2, 32, generator=generator).to(device)
+    dtype = torch.float32 if device.type == "cpu" else torch.float16
+    q, k, v = torch.randn(3, 1, 33, 2, 32, generator=generator).to(device, dtype)
     out = flash_attn.flash_attn_func(q, k, v, causal=True).cpu().double()
     q, k, v = (t.cpu().double().transpose(1, 2) for t in (q, k, v))
     expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
@@ -77,7 +96,7 @@ def run(arguments):
     section("Versions", [(n, v or "not installed") for n, v in machine.versions().items()])
     section("CPU core", core_lines())
     cache = machine.cache_directory()
-    section("Cache of compiled GPU kernels", [(str(cache), attempt(lambda: cache_state(cache)))])
+    section("GPU kernels", gpu_lines(cache))
     section("Environment", [(name, os.environ.get(name, "not set")) for name in _VARIABLES])
     for device, name in machine.devices():
         choice = backends.explain(device)
