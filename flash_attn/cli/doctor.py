@@ -53,7 +53,7 @@ def core_lines():
 
 
 def gpu_lines(cache):
-    """What the native GPU kernels need: the driver, the compiler, and where its results are kept."""
+    """What the native GPU kernels need: driver, compiler, and where compiled kernels are kept."""
     from flash_attn import _core
 
     lines = []
