@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 import torch
-from torch import Tensor
+from torch import Tensor, is_grad_enabled
 from torch._C import (
     _are_functorch_transforms_active,
     _is_any_autocast_enabled,
@@ -29,18 +29,33 @@ def is_plain(q: Tensor, k: Tensor, v: Tensor) -> bool:
         and type(v) is Tensor
         and _len_torch_dispatch_stack() == 0
         and not _are_functorch_transforms_active()
-        and not (q.is_meta or k.is_meta or v.is_meta)
+        and not q.is_meta
         and not _profiler_enabled()
         and not _is_tracing()
     )
 
 
+def is_direct(q: Tensor, k: Tensor, v: Tensor, s_aux: Tensor | None) -> bool:
+    """Whether the call may go to the backend with the tensors as they are, and nothing else.
+
+    That is what makes a small call fast: one look instead of `prepare`, `records` and `is_plain`.
+    """
+    return (
+        not (is_grad_enabled() and needs_grad(q, k, v, s_aux))
+        and not _is_any_autocast_enabled()
+        and q.is_contiguous()  # a flag, and faster to ask for than a stride
+        and k.is_contiguous()
+        and v.is_contiguous()
+        and is_plain(q, k, v)
+    )
+
+
 def maybe_contiguous(x: Tensor | None) -> Tensor | None:
     """x with a contiguous last dimension, copied only when it has none."""
-    return x.contiguous() if x is not None and x.stride(-1) != 1 else x
+    return x.contiguous() if x is not None and x.stride()[-1] != 1 else x
 
 
-def prepare(*tensors: Tensor) -> tuple[Tensor, ...]:
+def prepare(*tensors: Tensor) -> list[Tensor]:
     """The tensors with a contiguous last dimension, and in autocast's dtype when it is on.
 
     Autocast treats them as it treats those of `scaled_dot_product_attention`.
@@ -50,10 +65,7 @@ def prepare(*tensors: Tensor) -> tuple[Tensor, ...]:
         if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
             tensors = [x.to(dtype) if _autocasts(x) else x for x in tensors]
-    for x in tensors:
-        if not x.is_contiguous():  # a flag, and faster to ask for than a stride
-            return [maybe_contiguous(x) for x in tensors]
-    return tensors
+    return [maybe_contiguous(x) for x in tensors]
 
 
 def _autocasts(x: Tensor) -> bool:
@@ -107,9 +119,33 @@ def max_seqlen(value: Tensor, bound: int) -> int:
     return int(value) if readable else bound
 
 
+def cache_lengths(
+    q: Tensor, k_cache: Tensor, k: Tensor | None, block_table: Tensor | None, length: int
+) -> Tensor:
+    """The length that all sequences have, as the cache's function takes it: (b,), int32.
+
+    On an accelerator it is checked before it goes there, where nobody reads it any more.
+    """
+    if not q.is_cpu and not is_compiling():
+        pages = 1 if block_table is None else block_table.shape[-1]
+        capacity = pages * k_cache.shape[-3]
+        new = 0 if k is None else k.shape[-3]
+        if not 0 <= length <= capacity:
+            raise RuntimeError(
+                f"cache_seqlens is {length}, but must be in [0, {capacity}], the length of the KV "
+                "cache"
+            )
+        if new <= capacity < length + new:  # new keys that never fit are refused for that
+            raise RuntimeError(
+                f"cache_seqlens is {length}: with {new} new keys it passes the end of the KV "
+                f"cache, which has room for {capacity}"
+            )
+    return torch.full((q.shape[0],), length, dtype=torch.int32, device=q.device)
+
+
 def needs_grad(*tensors: Tensor | None) -> bool:
     """Whether a gradient may be asked for."""
-    if torch.is_grad_enabled():
+    if is_grad_enabled():
         for x in tensors:
             if x is not None and x.requires_grad:
                 return True
@@ -119,7 +155,7 @@ def needs_grad(*tensors: Tensor | None) -> bool:
 def records(*tensors: Tensor | None) -> bool:
     """Whether an autograd function records the call: compilers and transforms see the op."""
     return (
-        torch.is_grad_enabled()
+        is_grad_enabled()
         and needs_grad(*tensors)
         and not is_compiling()
         and not _are_functorch_transforms_active()

@@ -20,12 +20,14 @@ def run_forward(
     sequences: Sequences | None,
     return_s_dmask: bool,
     return_lse: bool = True,
+    direct: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Returns (out, softmax_lse, s_dmask).
 
-    Without dropout s_dmask is None or empty; without return_lse softmax_lse may be None.
+    Without dropout s_dmask is None or empty; without return_lse softmax_lse may be None. `direct`:
+    what `is_direct` says of the tensors.
     """
-    if is_plain(q, k, v):
+    if direct or is_plain(q, k, v):
         return backend_for(q).forward(q, k, v, options, sequences, return_s_dmask, None, return_lse)
     transformed = _are_functorch_transforms_active() and needs_grad(q, k, v, options.s_aux)
     if sequences is None:

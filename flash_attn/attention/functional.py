@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from flash_attn.attention import arguments, autograd
-from flash_attn.attention.arguments import prepare, records
+from flash_attn.attention.arguments import is_direct, prepare, records
 from flash_attn.attention.cache import with_kvcache
 from flash_attn.attention.calls import run_forward
 
@@ -71,23 +71,25 @@ def flash_attn_func(
         ConstraintError (an AssertionError and a RuntimeError): d or the head counts do not fit.
         ImportError: no backend for the device is installed.
     """
-    q, k, v = prepare(q, k, v)
-    if records(q, k, v, s_aux):
-        return autograd.FlashAttnFunc.apply(
-            q,
-            k,
-            v,
-            dropout_p,
-            softmax_scale,
-            causal,
-            window_size,
-            softcap,
-            alibi_slopes,
-            deterministic,
-            return_attn_probs,
-            True,
-            s_aux,
-        )
+    direct = is_direct(q, k, v, s_aux)
+    if not direct:
+        q, k, v = prepare(q, k, v)
+        if records(q, k, v, s_aux):
+            return autograd.FlashAttnFunc.apply(
+                q,
+                k,
+                v,
+                dropout_p,
+                softmax_scale,
+                causal,
+                window_size,
+                softcap,
+                alibi_slopes,
+                deterministic,
+                return_attn_probs,
+                True,
+                s_aux,
+            )
     options = arguments.options(
         q,
         dropout_p,
@@ -99,7 +101,7 @@ def flash_attn_func(
         deterministic,
         s_aux,
     )
-    results = run_forward(q, k, v, options, None, return_attn_probs, return_attn_probs)
+    results = run_forward(q, k, v, options, None, return_attn_probs, return_attn_probs, direct)
     return _with_s_dmask(q, results) if return_attn_probs else results[0]
 
 
@@ -123,22 +125,24 @@ def flash_attn_kvpacked_func(
         kv: (b, sk, 2, hk, d): keys, then values.
         The others, results and errors are those of `flash_attn_func`.
     """
-    q, kv = prepare(q, kv)
-    if records(q, kv, s_aux):
-        return autograd.FlashAttnKVPackedFunc.apply(
-            q,
-            kv,
-            dropout_p,
-            softmax_scale,
-            causal,
-            window_size,
-            softcap,
-            alibi_slopes,
-            deterministic,
-            return_attn_probs,
-            True,
-            s_aux,
-        )
+    direct = is_direct(q, kv, kv, s_aux)
+    if not direct:
+        q, kv = prepare(q, kv)
+        if records(q, kv, s_aux):
+            return autograd.FlashAttnKVPackedFunc.apply(
+                q,
+                kv,
+                dropout_p,
+                softmax_scale,
+                causal,
+                window_size,
+                softcap,
+                alibi_slopes,
+                deterministic,
+                return_attn_probs,
+                True,
+                s_aux,
+            )
     options = arguments.options(
         q,
         dropout_p,
@@ -151,7 +155,7 @@ def flash_attn_kvpacked_func(
         s_aux,
     )
     results = run_forward(
-        q, *arguments.unpack(kv, "kv"), options, None, return_attn_probs, return_attn_probs
+        q, *arguments.unpack(kv, "kv"), options, None, return_attn_probs, return_attn_probs, direct
     )
     return _with_s_dmask(q, results) if return_attn_probs else results[0]
 
@@ -174,21 +178,23 @@ def flash_attn_qkvpacked_func(
         qkv: (b, s, 3, h, d): queries, keys, values.
         The others, results and errors are those of `flash_attn_func`.
     """
-    (qkv,) = prepare(qkv)
-    if records(qkv, s_aux):
-        return autograd.FlashAttnQKVPackedFunc.apply(
-            qkv,
-            dropout_p,
-            softmax_scale,
-            causal,
-            window_size,
-            softcap,
-            alibi_slopes,
-            deterministic,
-            return_attn_probs,
-            True,
-            s_aux,
-        )
+    direct = is_direct(qkv, qkv, qkv, s_aux)
+    if not direct:
+        (qkv,) = prepare(qkv)
+        if records(qkv, s_aux):
+            return autograd.FlashAttnQKVPackedFunc.apply(
+                qkv,
+                dropout_p,
+                softmax_scale,
+                causal,
+                window_size,
+                softcap,
+                alibi_slopes,
+                deterministic,
+                return_attn_probs,
+                True,
+                s_aux,
+            )
     q, k, v = arguments.unpack(qkv, "qkv")
     options = arguments.options(
         q,
@@ -201,7 +207,7 @@ def flash_attn_qkvpacked_func(
         deterministic,
         s_aux,
     )
-    results = run_forward(q, k, v, options, None, return_attn_probs, return_attn_probs)
+    results = run_forward(q, k, v, options, None, return_attn_probs, return_attn_probs, direct)
     return _with_s_dmask(q, results) if return_attn_probs else results[0]
 
 
@@ -242,28 +248,30 @@ def flash_attn_varlen_func(
         S_dmask: (b, h, max_seqlen_q, max_seqlen_k), or (0,) without dropout.
         Rows of out beyond cu_seqlens_q[-1] are 0, and so are the gradients of such rows.
     """
-    q, k, v = prepare(q, k, v)
-    if records(q, k, v, s_aux):
-        return autograd.FlashAttnVarlenFunc.apply(
-            q,
-            k,
-            v,
-            cu_seqlens_q,
-            cu_seqlens_k,
-            max_seqlen_q,
-            max_seqlen_k,
-            dropout_p,
-            softmax_scale,
-            causal,
-            window_size,
-            softcap,
-            alibi_slopes,
-            deterministic,
-            return_attn_probs,
-            block_table,
-            True,
-            s_aux,
-        )
+    direct = is_direct(q, k, v, s_aux)
+    if not direct:
+        q, k, v = prepare(q, k, v)
+        if records(q, k, v, s_aux):
+            return autograd.FlashAttnVarlenFunc.apply(
+                q,
+                k,
+                v,
+                cu_seqlens_q,
+                cu_seqlens_k,
+                max_seqlen_q,
+                max_seqlen_k,
+                dropout_p,
+                softmax_scale,
+                causal,
+                window_size,
+                softcap,
+                alibi_slopes,
+                deterministic,
+                return_attn_probs,
+                block_table,
+                True,
+                s_aux,
+            )
     options = arguments.options(
         q,
         dropout_p,
@@ -278,7 +286,7 @@ def flash_attn_varlen_func(
     sequences = arguments.sequences(
         q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_table
     )
-    results = run_forward(q, k, v, options, sequences, return_attn_probs, return_attn_probs)
+    results = run_forward(q, k, v, options, sequences, return_attn_probs, return_attn_probs, direct)
     return _with_s_dmask(q, results) if return_attn_probs else results[0]
 
 
@@ -306,26 +314,28 @@ def flash_attn_varlen_kvpacked_func(
         kv: (tk, 2, hk, d): keys, then values.
         The others, results and errors are those of `flash_attn_varlen_func`.
     """
-    q, kv = prepare(q, kv)
-    if records(q, kv, s_aux):
-        return autograd.FlashAttnVarlenKVPackedFunc.apply(
-            q,
-            kv,
-            cu_seqlens_q,
-            cu_seqlens_k,
-            max_seqlen_q,
-            max_seqlen_k,
-            dropout_p,
-            softmax_scale,
-            causal,
-            window_size,
-            softcap,
-            alibi_slopes,
-            deterministic,
-            return_attn_probs,
-            True,
-            s_aux,
-        )
+    direct = is_direct(q, kv, kv, s_aux)
+    if not direct:
+        q, kv = prepare(q, kv)
+        if records(q, kv, s_aux):
+            return autograd.FlashAttnVarlenKVPackedFunc.apply(
+                q,
+                kv,
+                cu_seqlens_q,
+                cu_seqlens_k,
+                max_seqlen_q,
+                max_seqlen_k,
+                dropout_p,
+                softmax_scale,
+                causal,
+                window_size,
+                softcap,
+                alibi_slopes,
+                deterministic,
+                return_attn_probs,
+                True,
+                s_aux,
+            )
     k, v = arguments.unpack(kv, "kv", varlen=True)
     options = arguments.options(
         q,
@@ -339,7 +349,7 @@ def flash_attn_varlen_kvpacked_func(
         s_aux,
     )
     sequences = arguments.sequences(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    results = run_forward(q, k, v, options, sequences, return_attn_probs, return_attn_probs)
+    results = run_forward(q, k, v, options, sequences, return_attn_probs, return_attn_probs, direct)
     return _with_s_dmask(q, results) if return_attn_probs else results[0]
 
 
@@ -365,23 +375,25 @@ def flash_attn_varlen_qkvpacked_func(
         max_seqlen: the longest length, int or 0-d tensor.
         The others, results and errors are those of `flash_attn_varlen_func`.
     """
-    (qkv,) = prepare(qkv)
-    if records(qkv, s_aux):
-        return autograd.FlashAttnVarlenQKVPackedFunc.apply(
-            qkv,
-            cu_seqlens,
-            max_seqlen,
-            dropout_p,
-            softmax_scale,
-            causal,
-            window_size,
-            softcap,
-            alibi_slopes,
-            deterministic,
-            return_attn_probs,
-            True,
-            s_aux,
-        )
+    direct = is_direct(qkv, qkv, qkv, s_aux)
+    if not direct:
+        (qkv,) = prepare(qkv)
+        if records(qkv, s_aux):
+            return autograd.FlashAttnVarlenQKVPackedFunc.apply(
+                qkv,
+                cu_seqlens,
+                max_seqlen,
+                dropout_p,
+                softmax_scale,
+                causal,
+                window_size,
+                softcap,
+                alibi_slopes,
+                deterministic,
+                return_attn_probs,
+                True,
+                s_aux,
+            )
     q, k, v = arguments.unpack(qkv, "qkv", varlen=True)
     options = arguments.options(
         q,
@@ -395,7 +407,7 @@ def flash_attn_varlen_qkvpacked_func(
         s_aux,
     )
     sequences = arguments.sequences(q, k, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
-    results = run_forward(q, k, v, options, sequences, return_attn_probs, return_attn_probs)
+    results = run_forward(q, k, v, options, sequences, return_attn_probs, return_attn_probs, direct)
     return _with_s_dmask(q, results) if return_attn_probs else results[0]
 
 
@@ -457,7 +469,7 @@ def flash_attn_with_kvcache(
         softmax_scale = arguments.default_scale(q)
     window_left, window_right = arguments.window(window_size)
     if cache_seqlens is not None and not isinstance(cache_seqlens, Tensor):
-        cache_seqlens = torch.full((q.shape[0],), cache_seqlens, dtype=torch.int32, device=q.device)
+        cache_seqlens = arguments.cache_lengths(q, k_cache, k, block_table, cache_seqlens)
     out, softmax_lse = with_kvcache(
         q,
         k_cache,
