@@ -40,14 +40,6 @@ int plan_splits(int64_t num_items, int64_t num_keys, int64_t num_units) {
   return best;
 }
 
-Range split_range(Range keys, int num_splits, int split) {
-  const int64_t per_split =
-      ceil_div(ceil_div(keys.size(), num_splits), kSplitGranule) * kSplitGranule;
-  const int64_t end = std::max(keys.begin, keys.end);
-  return {std::min(keys.begin + split * per_split, end),
-          std::min(keys.begin + (split + 1) * per_split, end)};
-}
-
 float merge_lse(const PartialSoftmax* parts, int num_parts, float* weights) {
   constexpr float kInfinity = std::numeric_limits<float>::infinity();
   float max = -kInfinity;

@@ -9,6 +9,7 @@
 #include <cstdint>
 
 #include "attention/mask.h"
+#include "attention/shared.h"
 
 namespace flash_attn_plus {
 
@@ -26,7 +27,13 @@ int plan_splits(int64_t num_items, int64_t num_keys, int64_t num_units);
 
 // The keys of one part: equal parts of `keys`, rounded up to kSplitGranule; the last ones may be
 // empty.
-Range split_range(Range keys, int num_splits, int split);
+FAP_SHARED constexpr Range split_range(Range keys, int num_splits, int split) {
+  const int64_t per_split = (keys.size() + num_splits - 1) / num_splits;
+  const int64_t rounded = (per_split + kSplitGranule - 1) / kSplitGranule * kSplitGranule;
+  const int64_t end = max_of(keys.begin, keys.end);
+  return {min_of(keys.begin + split * rounded, end),
+          min_of(keys.begin + (split + 1) * rounded, end)};
+}
 
 // A part of a softmax: the sum of the exponentials of its scores is sum * exp(max). A log-sum-exp
 // is {lse, 1}; a part without keys is {-inf, 0}.

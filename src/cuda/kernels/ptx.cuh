@@ -12,11 +12,12 @@
 
 namespace flash_attn_plus::cuda {
 
-constexpr float kInfinity = __builtin_huge_valf();
+constexpr float kInfinity = __builtin_bit_cast(float, 0x7F800000u);
 constexpr float kLog2E = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
 
-// ---- numbers --------------------------------------------------------------------------------------
+// ---- numbers
+// --------------------------------------------------------------------------------------
 
 FAP_DEVICE float exp2_approx(float x) {  // relative error 2^-22; 0 for -inf
   float y;
@@ -71,7 +72,8 @@ FAP_DEVICE void unpack2(uint32_t packed, float& low, float& high) {
   }
 }
 
-// ---- shared memory --------------------------------------------------------------------------------
+// ---- shared memory
+// --------------------------------------------------------------------------------
 
 FAP_DEVICE uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
@@ -105,9 +107,9 @@ FAP_DEVICE uint4 load_shared16(uint32_t address) {
   return x;
 }
 
-// Four 8x8 matrices of 16-bit numbers: lanes 8 i to 8 i + 7 give the addresses of the rows of matrix
-// i (16 bytes each); a thread receives of each the two numbers (lane / 4, 2 (lane % 4) + {0, 1}), or
-// of its transpose.
+// Four 8x8 matrices of 16-bit numbers: lanes 8 i to 8 i + 7 give the addresses of the rows of
+// matrix i (16 bytes each); a thread receives of each the two numbers (lane / 4, 2 (lane % 4) + {0,
+// 1}), or of its transpose.
 FAP_DEVICE void load_matrices(uint32_t (&x)[4], uint32_t address) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
@@ -121,7 +123,8 @@ FAP_DEVICE void load_matrices_transposed(uint32_t (&x)[4], uint32_t address) {
                : "memory");
 }
 
-// ---- tensor cores ---------------------------------------------------------------------------------
+// ---- tensor cores
+// ---------------------------------------------------------------------------------
 
 // d (16x8, float32) += a (16x16) b (16x8). With g = lane / 4, t = lane % 4 a thread holds
 //   d: (g, 2t) (g, 2t+1) (g+8, 2t) (g+8, 2t+1)
@@ -144,13 +147,12 @@ FAP_DEVICE void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t
   }
 }
 
-// ---- threads --------------------------------------------------------------------------------------
+// ---- threads
+// --------------------------------------------------------------------------------------
 
 FAP_DEVICE int lane_id() { return static_cast<int>(threadIdx.x) & 31; }
 // The same in all lanes, and known to be: what depends on it stays in uniform registers.
-FAP_DEVICE int warp_id() {
-  return __shfl_sync(0xFFFFFFFFu, static_cast<int>(threadIdx.x) / 32, 0);
-}
+FAP_DEVICE int warp_id() { return __shfl_sync(0xFFFFFFFFu, static_cast<int>(threadIdx.x) / 32, 0); }
 
 // Over the four lanes that hold a row of an accumulator.
 FAP_DEVICE float quad_max(float x) {

@@ -1,0 +1,390 @@
+// Attention forward with mma.sync, compute capability 8.0 and later.
+//
+// A block of threads computes tile_m rows of one query head. Every warp owns tile_m / num_warps
+// rows for good: their part of Q (in shared memory, read by fragments at every step, or in
+// registers), their scores, their softmax and their output, all in registers. Tiles of tile_n keys
+// and values come to shared memory by cp.async and are read by all warps; they are visited from the
+// last to the first, so that masked ones come first and the loop over the others has no mask. The
+// weights need no shared memory: the accumulator of the first product is laid out as operand a of
+// the second.
+//
+// A warp of 32 rows reads a tile of keys from shared memory once for two rows of fragments: with 16
+// rows those reads, not the tensor cores, would set the pace. Two resident blocks give every
+// scheduler two warps, one multiplying while the other is in its softmax; with `ahead`, a warp
+// also overlaps the two with itself.
+#pragma once
+
+#include "attention/sequence.h"
+#include "cuda/kernels/keys.cuh"
+#include "cuda/kernels/scores.cuh"
+#include "cuda/kernels/tile.cuh"
+#include "cuda/spec/forward.h"
+
+namespace flash_attn_plus::cuda {
+
+constexpr int kRowsPerWarp = spec.tile_m / spec.num_warps;
+constexpr int kM = kRowsPerWarp / 16;
+constexpr int kN = spec.tile_n / 8;
+constexpr int kD = spec.head_dim / 8;
+static_assert(kRowsPerWarp % 16 == 0 && kN % 4 == 0 && kD % 2 == 0);
+static_assert(spec.stages == 2 || (spec.stages == 1 && !spec.ahead));
+
+using QTile = Tile<spec.tile_m, spec.head_dim>;
+using KTile = Tile<spec.tile_n, spec.head_dim>;
+using Scores = Fragments<kM, kN>;
+using Output = Fragments<kM, kD>;
+
+// Operands of the products of one warp.
+struct Products {
+  QTile q_tile;
+  int row;  // the warp's first row of the tile
+  uint32_t q[spec.q_in_registers ? kM : 1][spec.q_in_registers ? kD / 2 : 1][4];
+
+  FAP_DEVICE void load_q() {
+    if constexpr (spec.q_in_registers) {
+#pragma unroll
+      for (int m = 0; m < kM; ++m) {
+#pragma unroll
+        for (int d = 0; d < kD / 2; ++d) load_a(q[m][d], q_tile, row + 16 * m, 16 * d);
+      }
+    }
+  }
+
+  // s = Q K^T
+  FAP_DEVICE void multiply_keys(Scores& s, KTile keys) const {
+#pragma unroll
+    for (int m = 0; m < kM; ++m) {
+#pragma unroll
+      for (int n = 0; n < kN; ++n) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) s[m][n][i] = 0.0f;
+      }
+    }
+#pragma unroll
+    for (int d = 0; d < kD / 2; ++d) {
+      uint32_t a[kM][4];
+#pragma unroll
+      for (int m = 0; m < kM; ++m) {
+        if constexpr (spec.q_in_registers) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) a[m][i] = q[m][d][i];
+        } else {
+          load_a(a[m], q_tile, row + 16 * m, 16 * d);
+        }
+      }
+#pragma unroll
+      for (int n = 0; n < kN; n += 2) {
+        uint32_t b[4];
+        load_b_rows(b, keys, 8 * n, 16 * d);
+#pragma unroll
+        for (int m = 0; m < kM; ++m) {
+          mma<spec.dtype>(s[m][n], a[m], b[0], b[1]);
+          mma<spec.dtype>(s[m][n + 1], a[m], b[2], b[3]);
+        }
+      }
+    }
+  }
+
+  // out += P V
+  FAP_DEVICE void multiply_values(Output& out, const Scores& p, KTile values) const {
+#pragma unroll
+    for (int n = 0; n < kN; n += 2) {
+      uint32_t a[kM][4];
+#pragma unroll
+      for (int m = 0; m < kM; ++m) {
+        a[m][0] = pack2<spec.dtype>(p[m][n][0], p[m][n][1]);
+        a[m][1] = pack2<spec.dtype>(p[m][n][2], p[m][n][3]);
+        a[m][2] = pack2<spec.dtype>(p[m][n + 1][0], p[m][n + 1][1]);
+        a[m][3] = pack2<spec.dtype>(p[m][n + 1][2], p[m][n + 1][3]);
+      }
+#pragma unroll
+      for (int d = 0; d < kD; d += 2) {
+        uint32_t b[4];
+        load_b_cols(b, values, 8 * n, 8 * d);
+#pragma unroll
+        for (int m = 0; m < kM; ++m) {
+          mma<spec.dtype>(out[m][d], a[m], b[0], b[1]);
+          mma<spec.dtype>(out[m][d + 1], a[m], b[2], b[3]);
+        }
+      }
+    }
+  }
+};
+
+// Steps over the keys [.., ..) of tiles `last` down to `first`.
+struct KeySteps {
+  int first, last;            // tiles that some row sees
+  int free_first, free_last;  // tiles that all rows see whole: no mask
+};
+
+FAP_DEVICE KeySteps plan_steps(const Mask& mask, Range rows) {
+  const Range any = mask.any_visible_keys(rows);
+  const Range all = mask.all_visible_keys(rows);
+  KeySteps steps;
+  steps.first = static_cast<int>(any.begin / spec.tile_n);
+  steps.last = any.empty() ? steps.first - 1 : static_cast<int>((any.end - 1) / spec.tile_n);
+  steps.free_first = static_cast<int>((all.begin + spec.tile_n - 1) / spec.tile_n);
+  steps.free_last = static_cast<int>(all.end / spec.tile_n) - 1;
+  return steps;
+}
+
+// Rows that belong to no sequence: out 0, log-sum-exp +inf.
+FAP_DEVICE void fill_rows_of_no_sequence(const ForwardArgs& args, uint32_t block,
+                                         uint32_t num_blocks) {
+  const ForwardParams& params = args.params;
+  const int64_t begin = clamped(params.cu_seqlens_q[params.batch], params.total_q);
+  for (int64_t row = begin + block; row < params.total_q; row += num_blocks) {
+    for (int64_t head = 0; head < params.num_heads; ++head) {
+      uint16_t* out = static_cast<uint16_t*>(params.out.data) + row * params.out.row_stride +
+                      head * params.out.head_stride;
+      for (int64_t d = threadIdx.x; d < params.head_dim; d += spec.threads()) out[d] = 0;
+      if (threadIdx.x == 0) params.softmax_lse.set(0, head, row, kInfinity);
+    }
+  }
+}
+
+// Writes the warp's rows through its part of the tile of Q, which nobody else reads: every thread
+// then stores 16 bytes of a row.
+FAP_DEVICE void store_output(const Output& out, const ForwardParams& params, QTile tile, int row,
+                             uint16_t* first, int rows) {
+  const int lane = lane_id();
+  __syncwarp();
+#pragma unroll
+  for (int m = 0; m < kM; ++m) {
+#pragma unroll
+    for (int d = 0; d < kD; ++d) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        store_shared(tile.at(row + 16 * m + 8 * half + lane / 4, 8 * d + lane % 4 * 2),
+                     pack2<spec.dtype>(out[m][d][2 * half], out[m][d][2 * half + 1]));
+      }
+    }
+  }
+  __syncwarp();
+  constexpr int kChunks = kRowsPerWarp * QTile::kChunks;
+  static_assert(kChunks % 32 == 0);
+#pragma unroll
+  for (int c = 0; c < kChunks; c += 32) {
+    const int r = (c + lane) / QTile::kChunks, col = (c + lane) % QTile::kChunks * 8;
+    if (r >= rows) continue;
+    const uint4 x = load_shared16(tile.at(row + r, col));
+    uint16_t* target = first + r * params.out.row_stride + col;
+    if constexpr (spec.access == Access::kElement) {
+      const uint32_t words[4] = {x.x, x.y, x.z, x.w};
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        if (col + i < params.head_dim) {
+          target[i] = static_cast<uint16_t>(words[i / 2] >> (i % 2 * 16));
+        }
+      }
+    } else if (spec.access == Access::kWhole || col < params.head_dim) {
+      *reinterpret_cast<uint4*>(target) = x;
+    }
+  }
+}
+
+extern "C" __global__ void __launch_bounds__(spec.threads(), spec.min_blocks)
+    attention_forward(const __grid_constant__ ForwardArgs args) {
+  extern __shared__ uint4 shared[];
+  const ForwardParams& params = args.params;
+  if (blockIdx.x >= args.num_attention_blocks) {
+    fill_rows_of_no_sequence(args, blockIdx.x - args.num_attention_blocks,
+                             gridDim.x - args.num_attention_blocks);
+    return;
+  }
+
+  // Which rows of which head.
+  const uint32_t group_blocks = args.pairs_per_group * args.num_query_blocks;
+  const uint32_t first_pair = blockIdx.x / group_blocks * args.pairs_per_group;
+  const uint32_t pairs = min(args.pairs_per_group, args.num_pairs - first_pair);
+  const uint32_t rest = blockIdx.x % group_blocks;
+  const uint32_t pair = first_pair + rest % pairs;
+  const int first_row = static_cast<int>(args.num_query_blocks - 1 - rest / pairs) * spec.tile_m;
+  const uint32_t batch = pair / static_cast<uint32_t>(params.num_heads);
+  const uint32_t head = pair - batch * static_cast<uint32_t>(params.num_heads);
+  const uint32_t head_k = head / static_cast<uint32_t>(params.group_size());
+  const Sequence sequence = sequence_at(params, batch);
+  const int seqlen_q = static_cast<int>(sequence.seqlen_q);
+  const int seqlen_k = static_cast<int>(sequence.seqlen_k);
+  if (first_row >= seqlen_q) return;
+
+  const Mask mask = sequence.mask(params);
+  const int offset = seqlen_k - seqlen_q;
+  const KeySteps steps = plan_steps(mask, {first_row, min_of(first_row + spec.tile_m, seqlen_q)});
+
+  // Shared memory: Q, then the buffers of keys, then those of values.
+  const uint32_t base = shared_address(shared);
+  const QTile q_tile{base};
+  const auto key_tile = [&](int step) {
+    return KTile{base + QTile::kBytes + step % spec.stages * KTile::kBytes};
+  };
+  const auto value_tile = [&](int step) {
+    return KTile{base + QTile::kBytes + (spec.stages + step % spec.stages) * KTile::kBytes};
+  };
+
+  const int thread = static_cast<int>(threadIdx.x);
+  const int head_dim = static_cast<int>(params.head_dim);
+  const KeyRows<spec.paged> key_rows(params, params.k, sequence, batch, head_k);
+  const KeyRows<spec.paged> value_rows(params, params.v, sequence, batch, head_k);
+  const auto load_keys = [&](int step) {
+    if (step >= steps.first) {
+      key_rows.copy<spec.access, spec.threads()>(key_tile(step), thread, head_dim,
+                                                 step * spec.tile_n, seqlen_k);
+    }
+    copy_async_commit();
+  };
+  const auto load_values = [&](int step) {
+    if (step >= steps.first) {
+      value_rows.copy<spec.access, spec.threads()>(value_tile(step), thread, head_dim,
+                                                   step * spec.tile_n, seqlen_k);
+    }
+    copy_async_commit();
+  };
+
+  const uint16_t* q = static_cast<const uint16_t*>(params.q.data) + batch * params.q.batch_stride +
+                      (sequence.q_begin + first_row) * params.q.row_stride +
+                      head * params.q.head_stride;
+  copy_rows<spec.access, spec.threads()>(q_tile, thread, head_dim, q, params.q.row_stride,
+                                         seqlen_q - first_row);
+  load_keys(steps.last);
+  load_values(steps.last);
+
+  Products products;
+  products.q_tile = q_tile;
+  products.row = warp_id() * kRowsPerWarp;
+  const int warp_row = first_row + products.row;
+  const int thread_row = warp_row + lane_id() / 4;
+
+  const ScoreTransform transform(params, spec.softcap, batch, head);
+  const float multiplier = spec.transformed() ? 1.0f : params.softmax_scale * kLog2E;
+  Dropout dropout;
+  if constexpr (spec.dropout) dropout = make_dropout(params);
+
+  OnlineSoftmax<kM> softmax;
+  Output out;
+#pragma unroll
+  for (int m = 0; m < kM; ++m) {
+#pragma unroll
+    for (int d = 0; d < kD; ++d) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) out[m][d][i] = 0.0f;
+    }
+  }
+
+  // From products to weights.
+  const auto weigh = [&](Scores& s, int step, bool masked) {
+    const int column = step * spec.tile_n;
+    if constexpr (spec.transformed()) {
+      transform_scores<spec.softcap, spec.alibi>(s, transform, thread_row + offset, column);
+    }
+    if (masked) mask_scores<spec.masking>(s, mask, thread_row, column);
+    softmax.update(s, out, multiplier);
+    if constexpr (spec.dropout) drop_scores(s, dropout, batch, head, warp_row, column);
+  };
+
+  if constexpr (!spec.ahead) {
+    // The order of copies is K, V, K, V, ...; with one buffer each, a tile's successor is loaded
+    // when every warp has done with it, with two at the start of the step before.
+    const auto take_step = [&](int step, bool masked) {
+      if constexpr (spec.stages == 1) {
+        copy_async_wait<1>();  // keys of this step
+        __syncthreads();
+        if (step == steps.last) products.load_q();
+        Scores s;
+        products.multiply_keys(s, key_tile(step));
+        copy_async_wait<0>();  // values of this step
+        __syncthreads();
+        load_keys(step - 1);
+        weigh(s, step, masked);
+        products.multiply_values(out, s, value_tile(step));
+        __syncthreads();
+        load_values(step - 1);
+      } else {
+        copy_async_wait<0>();
+        __syncthreads();
+        load_keys(step - 1);
+        load_values(step - 1);
+        if (step == steps.last) products.load_q();
+        Scores s;
+        products.multiply_keys(s, key_tile(step));
+        weigh(s, step, masked);
+        products.multiply_values(out, s, value_tile(step));
+      }
+    };
+    int step = steps.last;
+#pragma unroll 1
+    for (; step > steps.free_last && step >= steps.first; --step) take_step(step, true);
+#pragma unroll 1
+    for (; step >= steps.free_first && step >= steps.first; --step) take_step(step, false);
+    if constexpr (spec.masking == Masking::kWindow) {
+#pragma unroll 1
+      for (; step >= steps.first; --step) take_step(step, true);
+    }
+  } else {
+    // Scores of the next step are multiplied while this step's go through the softmax.
+    Scores s;
+    if (steps.last >= steps.first) {
+      copy_async_wait<1>();
+      __syncthreads();
+      products.load_q();
+      load_keys(steps.last - 1);
+      products.multiply_keys(s, key_tile(steps.last));
+    }
+    const auto take_step = [&](int step, bool masked) {
+      copy_async_wait<0>();
+      __syncthreads();
+      if (step > steps.first) {
+        load_keys(step - 2);
+        load_values(step - 1);
+      }
+      Scores next;
+      products.multiply_keys(next, key_tile(step - 1));
+      weigh(s, step, masked);
+      products.multiply_values(out, s, value_tile(step));
+#pragma unroll
+      for (int m = 0; m < kM; ++m) {
+#pragma unroll
+        for (int n = 0; n < kN; ++n) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) s[m][n][i] = next[m][n][i];
+        }
+      }
+    };
+    int step = steps.last;
+#pragma unroll 1
+    for (; step > steps.free_last && step >= steps.first; --step) take_step(step, true);
+#pragma unroll 1
+    for (; step >= steps.free_first && step >= steps.first; --step) take_step(step, false);
+    if constexpr (spec.masking == Masking::kWindow) {
+#pragma unroll 1
+      for (; step >= steps.first; --step) take_step(step, true);
+    }
+  }
+  copy_async_wait<0>();
+
+  // out / sum, and the log-sum-exp.
+  softmax.finish();
+  const float sink =
+      params.s_aux == nullptr ? -kInfinity : params.s_aux[head * params.s_aux_stride] * kLog2E;
+#pragma unroll
+  for (int slot = 0; slot < 2 * kM; ++slot) {
+    float inverse;
+    const float lse = softmax.log2_sum(slot, sink, &inverse) * kLn2;
+    const int row = thread_row + 8 * slot;
+    if (lane_id() % 4 == 0 && row < seqlen_q) {
+      params.softmax_lse.set(batch, head, sequence.q_begin + row, lse);
+    }
+    if constexpr (spec.dropout) inverse *= dropout.scale;
+#pragma unroll
+    for (int d = 0; d < kD; ++d) {
+      out[slot / 2][d][slot % 2 * 2] *= inverse;
+      out[slot / 2][d][slot % 2 * 2 + 1] *= inverse;
+    }
+  }
+  uint16_t* target = static_cast<uint16_t*>(params.out.data) + batch * params.out.batch_stride +
+                     (sequence.q_begin + warp_row) * params.out.row_stride +
+                     head * params.out.head_stride;
+  store_output(out, params, q_tile, products.row, target, seqlen_q - warp_row);
+}
+
+}  // namespace flash_attn_plus::cuda
