@@ -129,6 +129,26 @@ test-sanitizers: $(VENV)/.package $(VENV)/.tools googletest  ## C++ tests and a 
 test-python: $(VENV)/.package $(VENV)/.tools  ## the Python suite against the installed package, with coverage
 	$(bin)/pytest -n $(JOBS) --cov --cov-report=term tests/python
 
+# Only where apt-get is: the compiler, the emulator and GoogleTest's sources are Debian's packages.
+aarch64_packages := g++-aarch64-linux-gnu qemu-user-static libgtest-dev
+aarch64_flags := -G Ninja -DCMAKE_MAKE_PROGRAM=$(bin)/ninja -DCMAKE_BUILD_TYPE=Release \
+	-DCMAKE_TOOLCHAIN_FILE=$(CURDIR)/tests/cpp/aarch64.cmake
+
+.PHONY: test-aarch64
+test-aarch64: $(VENV)/.tools  ## the C++ tests built for aarch64 and emulated (slow; not part of test)
+	dpkg -s $(aarch64_packages) >/dev/null 2>&1 || { \
+	  echo "Installing $(aarch64_packages)"; \
+	  sudo=; [ "$$(id -u)" = 0 ] || sudo="sudo -n"; \
+	  $$sudo apt-get update -qq; \
+	  $$sudo env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq $(aarch64_packages) >/dev/null; }
+	$(cmake) -S /usr/src/googletest -B build/aarch64/googletest $(aarch64_flags) \
+	  -DCMAKE_INSTALL_PREFIX=build/aarch64/prefix
+	$(cmake) --build build/aarch64/googletest -j $(JOBS) --target install
+	$(cmake) $(cmake_flags) $(aarch64_flags) -B build/aarch64/core -DFLASH_ATTN_PLUS_PYTHON=OFF \
+	  -DGTest_ROOT=$(CURDIR)/build/aarch64/prefix
+	$(cmake) --build build/aarch64/core -j $(JOBS)
+	$(ctest) --test-dir build/aarch64/core --progress --output-on-failure -j $(JOBS)
+
 # C++ and Python tests together; in one process, because the workers of pytest-xdist do not exit in the
 # way that writes the counters.
 .PHONY: coverage
