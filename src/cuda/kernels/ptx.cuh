@@ -98,6 +98,20 @@ FAP_DEVICE void store_shared(uint32_t address, uint16_t value) {
 FAP_DEVICE void store_shared(uint32_t address, uint32_t value) {
   asm volatile("st.shared.b32 [%0], %1;" ::"r"(address), "r"(value) : "memory");
 }
+FAP_DEVICE void store_shared(uint32_t address, float2 value) {
+  asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(address), "f"(value.x), "f"(value.y)
+               : "memory");
+}
+FAP_DEVICE uint32_t load_shared4(uint32_t address) {
+  uint32_t x;
+  asm volatile("ld.shared.b32 %0, [%1];" : "=r"(x) : "r"(address) : "memory");
+  return x;
+}
+FAP_DEVICE float2 load_shared8(uint32_t address) {
+  float2 x;
+  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(x.x), "=f"(x.y) : "r"(address) : "memory");
+  return x;
+}
 FAP_DEVICE uint4 load_shared16(uint32_t address) {
   uint4 x;
   asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
@@ -121,6 +135,39 @@ FAP_DEVICE void load_matrices_transposed(uint32_t (&x)[4], uint32_t address) {
                : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
                : "r"(address)
                : "memory");
+}
+
+// The other way round: a thread gives of each matrix what it would receive. Compute capability 9.0.
+#if __CUDA_ARCH__ >= 900
+FAP_DEVICE void store_matrices(uint32_t address, const uint32_t (&x)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address),
+               "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3])
+               : "memory");
+}
+#endif
+
+// ---- memory that blocks of threads share
+// ---------------------------------------------------------------------------------
+
+FAP_DEVICE void add_to_memory(float* target, float x) {
+  asm volatile("red.relaxed.gpu.global.add.f32 [%0], %1;" ::"l"(target), "f"(x) : "memory");
+}
+#if __CUDA_ARCH__ >= 900
+FAP_DEVICE void add_to_memory4(float* target, const float (&x)[4]) {  // 16-byte aligned
+  asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(target), "f"(x[0]),
+               "f"(x[1]), "f"(x[2]), "f"(x[3])
+               : "memory");
+}
+#endif
+// What was written before an add_release() is seen by who reads its result with load_acquire(); a
+// barrier in between extends both to the whole block.
+FAP_DEVICE void add_release(uint32_t* target, uint32_t x) {
+  asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(target), "r"(x) : "memory");
+}
+FAP_DEVICE uint32_t load_acquire(const uint32_t* source) {
+  uint32_t x;
+  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(x) : "l"(source) : "memory");
+  return x;
 }
 
 // ---- tensor cores
@@ -153,6 +200,11 @@ FAP_DEVICE void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t
 FAP_DEVICE int lane_id() { return static_cast<int>(threadIdx.x) & 31; }
 // The same in all lanes, and known to be: what depends on it stays in uniform registers.
 FAP_DEVICE int warp_id() { return __shfl_sync(0xFFFFFFFFu, static_cast<int>(threadIdx.x) / 32, 0); }
+
+// Barrier `id` (0 is that of __syncthreads) for so many threads of the block.
+FAP_DEVICE void sync_threads(int id, int num_threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(num_threads) : "memory");
+}
 
 // Over the four lanes that hold a row of an accumulator.
 FAP_DEVICE float quad_max(float x) {
