@@ -38,7 +38,7 @@ struct RowSharing {
   static_assert(T::kChunks % kSide == 0 && kThreads % kSide == 0);
 };
 
-// One thread's part of a row, its chunks from `first_chunk` on; `source` is the row's first number.
+// One thread's part of a row, its chunks from `first_chunk` on, the first at `source`.
 // What is not valid, and the columns from head_dim on, become zeros and are not read.
 template <Access kAccess, int kSide, typename T>
 FAP_DEVICE void copy_row(T tile, int row, int first_chunk, int head_dim, const uint16_t* source,
@@ -48,28 +48,38 @@ FAP_DEVICE void copy_row(T tile, int row, int first_chunk, int head_dim, const u
     const int col = (c + first_chunk) * 8;
     const uint32_t destination = tile.at(row, col);
     if constexpr (kAccess == Access::kWhole) {
-      copy_async16(destination, source + col, valid);
+      copy_async16(destination, source + c * 8, valid);
     } else if constexpr (kAccess == Access::kPadded) {
-      copy_async16(destination, source + col, valid && col < head_dim);
+      copy_async16(destination, source + c * 8, valid && col < head_dim);
     } else {
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
         const bool there = valid && col + i < head_dim;
-        store_shared(destination + 2 * i, there ? source[col + i] : static_cast<uint16_t>(0));
+        store_shared(destination + 2 * i, there ? source[c * 8 + i] : static_cast<uint16_t>(0));
       }
     }
   }
 }
 
-// Copies a tile from rows that lie side by side, the first at `source`; those from `num_valid` on
-// become zeros. With 16-byte access the copies are asynchronous: commit and wait. kThreads threads
-// take part.
+// `num_valid` of rows that are all there.
+constexpr int kAllValid = 0x7FFFFFFF;
+
+// The number that a thread copies first of a tile whose rows lie side by side, the first at
+// `source`.
+template <typename T, int kThreads>
+FAP_DEVICE const uint16_t* thread_source(const uint16_t* source, int64_t row_stride, int thread) {
+  using Sharing = RowSharing<T, kThreads>;
+  return source + thread / Sharing::kSide * row_stride + thread % Sharing::kSide * 8;
+}
+
+// Copies a tile whose rows lie side by side, from thread_source(); rows from `num_valid` on become
+// zeros. With 16-byte access the copies are asynchronous: commit and wait. kThreads threads take
+// part.
 template <Access kAccess, int kThreads, typename T>
-FAP_DEVICE void copy_rows(T tile, int thread, int head_dim, const uint16_t* source,
-                          int64_t row_stride, int num_valid) {
+FAP_DEVICE void copy_thread_rows(T tile, int thread, int head_dim, const uint16_t* source,
+                                 int64_t row_stride, int num_valid) {
   using Sharing = RowSharing<T, kThreads>;
   const int first_row = thread / Sharing::kSide, first_chunk = thread % Sharing::kSide;
-  source += first_row * row_stride;
 #pragma unroll
   for (int r = 0; r < T::kRows; r += Sharing::kRowsAtOnce) {
     const int row = r + first_row;
@@ -79,6 +89,15 @@ FAP_DEVICE void copy_rows(T tile, int thread, int head_dim, const uint16_t* sour
     source += Sharing::kRowsAtOnce * row_stride;
     asm volatile("" : "+l"(source));
   }
+}
+
+// The same, `source` being the tile's first row.
+template <Access kAccess, int kThreads, typename T>
+FAP_DEVICE void copy_rows(T tile, int thread, int head_dim, const uint16_t* source,
+                          int64_t row_stride, int num_valid) {
+  copy_thread_rows<kAccess, kThreads>(tile, thread, head_dim,
+                                      thread_source<T, kThreads>(source, row_stride, thread),
+                                      row_stride, num_valid);
 }
 
 // The same from rows that lie anywhere: row r at `row_pointer(r)`.
@@ -91,42 +110,34 @@ FAP_DEVICE void gather_rows(T tile, int thread, int head_dim, RowPointer row_poi
   for (int r = 0; r < T::kRows; r += Sharing::kRowsAtOnce) {
     const int row = r + first_row;
     if (T::kRows % Sharing::kRowsAtOnce != 0 && row >= T::kRows) break;
-    copy_row<kAccess, Sharing::kSide>(tile, row, first_chunk, head_dim, row_pointer(row),
-                                      row < num_valid);
+    copy_row<kAccess, Sharing::kSide>(tile, row, first_chunk, head_dim,
+                                      row_pointer(row) + first_chunk * 8, row < num_valid);
   }
-}
-
-// The 16x16 numbers from (row, col) of a tile as four 8x8 matrices. One mapping of lanes to
-// addresses serves every operand: above, below, and the same to the right.
-template <typename T>
-FAP_DEVICE uint32_t matrices_at(T tile, int row, int col) {
-  const int lane = lane_id();
-  return tile.at(row, col) + static_cast<uint32_t>(lane % 16 * T::kRowBytes + lane / 16 * 16);
 }
 
 // Operand a of mma(): rows row .. row + 15, columns col .. col + 15 of a row-major tile.
 template <typename T>
 FAP_DEVICE void load_a(uint32_t (&a)[4], T tile, int row, int col) {
-  load_matrices(a, matrices_at(tile, row, col));
+  const int lane = lane_id();
+  load_matrices(a, tile.at(row, col) + lane % 16 * T::kRowBytes + lane / 16 * 16);
 }
 
 // Operands b of two mma() whose columns are the tile's rows row .. row + 7 and row + 8 .. row + 15,
 // and whose depth is its columns col .. col + 15: {b0, b1} of the first, {b2, b3} of the second.
+// The two of an operand have to lie side by side in registers, so lanes are mapped as they arrive.
 template <typename T>
 FAP_DEVICE void load_b_rows(uint32_t (&b)[4], T tile, int row, int col) {
-  uint32_t x[4];
-  load_matrices(x, matrices_at(tile, row, col));
-  b[0] = x[0];
-  b[1] = x[2];
-  b[2] = x[1];
-  b[3] = x[3];
+  const int lane = lane_id();
+  load_matrices(b,
+                tile.at(row, col) + (lane % 8 + lane / 16 * 8) * T::kRowBytes + lane / 8 % 2 * 16);
 }
 
 // The same for the transpose: columns are the tile's columns col .. col + 15, the depth is its rows
 // row .. row + 15.
 template <typename T>
 FAP_DEVICE void load_b_cols(uint32_t (&b)[4], T tile, int row, int col) {
-  load_matrices_transposed(b, matrices_at(tile, row, col));
+  const int lane = lane_id();
+  load_matrices_transposed(b, tile.at(row, col) + lane % 16 * T::kRowBytes + lane / 16 * 16);
 }
 
 }  // namespace flash_attn_plus::cuda

@@ -15,7 +15,7 @@
 #pragma once
 
 #include "attention/sequence.h"
-#include "cuda/kernels/keys.cuh"
+#include "cuda/kernels/key_tiles.cuh"
 #include "cuda/kernels/scores.cuh"
 #include "cuda/kernels/tile.cuh"
 #include "cuda/spec/forward.h"
@@ -111,6 +111,28 @@ struct Products {
   }
 };
 
+// Which rows of which head a block of threads computes.
+struct Work {
+  uint32_t batch, head;
+  int first_row;
+  Sequence sequence;
+};
+
+FAP_DEVICE Work find_work(const ForwardArgs& args, uint32_t block) {
+  const uint32_t group_blocks = args.pairs_per_group * args.num_query_blocks;
+  const uint32_t first_pair = block / group_blocks * args.pairs_per_group;
+  const uint32_t pairs = min(args.pairs_per_group, args.num_pairs - first_pair);
+  const uint32_t rest = block % group_blocks;
+  const uint32_t pair = first_pair + rest % pairs;
+  const uint32_t num_heads = static_cast<uint32_t>(args.params.num_heads);
+  Work work;
+  work.batch = pair / num_heads;
+  work.head = pair - work.batch * num_heads;
+  work.first_row = static_cast<int>(args.num_query_blocks - 1 - rest / pairs) * spec.tile_m;
+  work.sequence = sequence_at(args.params, work.batch);
+  return work;
+}
+
 // Steps over the keys [.., ..) of tiles `last` down to `first`.
 struct KeySteps {
   int first, last;            // tiles that some row sees
@@ -183,6 +205,42 @@ FAP_DEVICE void store_output(const Output& out, const ForwardParams& params, QTi
   }
 }
 
+// Divides by the sums and writes the output and the log-sum-exp. Where they go is found again: kept
+// from the start, it would take registers through the main loop.
+FAP_DEVICE void finish(const ForwardArgs& args, OnlineSoftmax<kM>& softmax, Output& out,
+                       float dropout_scale, QTile q_tile) {
+  const ForwardParams& params = args.params;
+  uint32_t block;
+  asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(block));
+  const Work work = find_work(args, block);
+  const int seqlen_q = static_cast<int>(work.sequence.seqlen_q);
+  const int tile_row = warp_id() * kRowsPerWarp;
+  const int warp_row = work.first_row + tile_row;
+  const float sink =
+      params.s_aux == nullptr ? -kInfinity : params.s_aux[work.head * params.s_aux_stride] * kLog2E;
+  softmax.finish();
+#pragma unroll
+  for (int slot = 0; slot < 2 * kM; ++slot) {
+    float inverse;
+    const float lse = softmax.log2_sum(slot, sink, &inverse) * kLn2;
+    const int row = warp_row + lane_id() / 4 + 8 * slot;
+    if (lane_id() % 4 == 0 && row < seqlen_q) {
+      params.softmax_lse.set(work.batch, work.head, work.sequence.q_begin + row, lse);
+    }
+    if constexpr (spec.dropout) inverse *= dropout_scale;
+#pragma unroll
+    for (int d = 0; d < kD; ++d) {
+      out[slot / 2][d][slot % 2 * 2] *= inverse;
+      out[slot / 2][d][slot % 2 * 2 + 1] *= inverse;
+    }
+  }
+  uint16_t* target = static_cast<uint16_t*>(params.out.data) +
+                     work.batch * params.out.batch_stride +
+                     (work.sequence.q_begin + warp_row) * params.out.row_stride +
+                     work.head * params.out.head_stride;
+  store_output(out, params, q_tile, tile_row, target, seqlen_q - warp_row);
+}
+
 extern "C" __global__ void __launch_bounds__(spec.threads(), spec.min_blocks)
     attention_forward(const __grid_constant__ ForwardArgs args) {
   extern __shared__ uint4 shared[];
@@ -193,17 +251,11 @@ extern "C" __global__ void __launch_bounds__(spec.threads(), spec.min_blocks)
     return;
   }
 
-  // Which rows of which head.
-  const uint32_t group_blocks = args.pairs_per_group * args.num_query_blocks;
-  const uint32_t first_pair = blockIdx.x / group_blocks * args.pairs_per_group;
-  const uint32_t pairs = min(args.pairs_per_group, args.num_pairs - first_pair);
-  const uint32_t rest = blockIdx.x % group_blocks;
-  const uint32_t pair = first_pair + rest % pairs;
-  const int first_row = static_cast<int>(args.num_query_blocks - 1 - rest / pairs) * spec.tile_m;
-  const uint32_t batch = pair / static_cast<uint32_t>(params.num_heads);
-  const uint32_t head = pair - batch * static_cast<uint32_t>(params.num_heads);
+  const Work work = find_work(args, blockIdx.x);
+  const uint32_t batch = work.batch, head = work.head;
+  const Sequence& sequence = work.sequence;
+  const int first_row = work.first_row;
   const uint32_t head_k = head / static_cast<uint32_t>(params.group_size());
-  const Sequence sequence = sequence_at(params, batch);
   const int seqlen_q = static_cast<int>(sequence.seqlen_q);
   const int seqlen_k = static_cast<int>(sequence.seqlen_k);
   if (first_row >= seqlen_q) return;
@@ -224,20 +276,16 @@ extern "C" __global__ void __launch_bounds__(spec.threads(), spec.min_blocks)
 
   const int thread = static_cast<int>(threadIdx.x);
   const int head_dim = static_cast<int>(params.head_dim);
-  const KeyRows<spec.paged> key_rows(params, params.k, sequence, batch, head_k);
-  const KeyRows<spec.paged> value_rows(params, params.v, sequence, batch, head_k);
-  const auto load_keys = [&](int step) {
-    if (step >= steps.first) {
-      key_rows.copy<spec.access, spec.threads()>(key_tile(step), thread, head_dim,
-                                                 step * spec.tile_n, seqlen_k);
-    }
+  const int last_column = steps.last * spec.tile_n;
+  using Keys = KeyTiles<spec.paged, spec.access, spec.threads(), KTile>;
+  Keys keys(params, params.k, sequence, batch, head_k, thread, last_column);
+  Keys values(params, params.v, sequence, batch, head_k, thread, last_column);
+  const auto load_keys = [&](int step, int num_valid = kAllValid) {
+    if (step >= steps.first) keys.copy_next(key_tile(step), thread, head_dim, num_valid);
     copy_async_commit();
   };
-  const auto load_values = [&](int step) {
-    if (step >= steps.first) {
-      value_rows.copy<spec.access, spec.threads()>(value_tile(step), thread, head_dim,
-                                                   step * spec.tile_n, seqlen_k);
-    }
+  const auto load_values = [&](int step, int num_valid = kAllValid) {
+    if (step >= steps.first) values.copy_next(value_tile(step), thread, head_dim, num_valid);
     copy_async_commit();
   };
 
@@ -246,8 +294,9 @@ extern "C" __global__ void __launch_bounds__(spec.threads(), spec.min_blocks)
                       head * params.q.head_stride;
   copy_rows<spec.access, spec.threads()>(q_tile, thread, head_dim, q, params.q.row_stride,
                                          seqlen_q - first_row);
-  load_keys(steps.last);
-  load_values(steps.last);
+  // Only the last tile can reach beyond the keys.
+  load_keys(steps.last, seqlen_k - last_column);
+  load_values(steps.last, seqlen_k - last_column);
 
   Products products;
   products.q_tile = q_tile;
@@ -362,29 +411,7 @@ extern "C" __global__ void __launch_bounds__(spec.threads(), spec.min_blocks)
   }
   copy_async_wait<0>();
 
-  // out / sum, and the log-sum-exp.
-  softmax.finish();
-  const float sink =
-      params.s_aux == nullptr ? -kInfinity : params.s_aux[head * params.s_aux_stride] * kLog2E;
-#pragma unroll
-  for (int slot = 0; slot < 2 * kM; ++slot) {
-    float inverse;
-    const float lse = softmax.log2_sum(slot, sink, &inverse) * kLn2;
-    const int row = thread_row + 8 * slot;
-    if (lane_id() % 4 == 0 && row < seqlen_q) {
-      params.softmax_lse.set(batch, head, sequence.q_begin + row, lse);
-    }
-    if constexpr (spec.dropout) inverse *= dropout.scale;
-#pragma unroll
-    for (int d = 0; d < kD; ++d) {
-      out[slot / 2][d][slot % 2 * 2] *= inverse;
-      out[slot / 2][d][slot % 2 * 2 + 1] *= inverse;
-    }
-  }
-  uint16_t* target = static_cast<uint16_t*>(params.out.data) + batch * params.out.batch_stride +
-                     (sequence.q_begin + warp_row) * params.out.row_stride +
-                     head * params.out.head_stride;
-  store_output(out, params, q_tile, products.row, target, seqlen_q - warp_row);
+  finish(args, softmax, out, dropout.scale, q_tile);
 }
 
 }  // namespace flash_attn_plus::cuda
