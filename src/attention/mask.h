@@ -62,6 +62,17 @@ struct Mask {
         window_left < 0 ? seqlen_q : min_of<int64_t>(seqlen_q, keys.end - offset() + window_left);
     return {begin, max_of(begin, end)};
   }
+
+  // Queries that see all of the keys.
+  FAP_SHARED constexpr Range all_seeing_queries(Range keys) const {
+    if (keys.empty()) return {0, 0};
+    const int64_t begin =
+        window_right < 0 ? 0 : max_of<int64_t>(0, keys.end - 1 - offset() - window_right);
+    const int64_t end = window_left < 0
+                            ? seqlen_q
+                            : min_of<int64_t>(seqlen_q, keys.begin - offset() + window_left + 1);
+    return {begin, max_of(begin, end)};
+  }
 };
 
 }  // namespace flash_attn_plus

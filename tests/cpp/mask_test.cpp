@@ -56,15 +56,19 @@ TEST_P(MaskTest, KeyRangesOfABlockAreUnionAndIntersection) {
   }
 }
 
-TEST_P(MaskTest, QueriesOfAKeyBlockAreThoseThatSeeIt) {
+TEST_P(MaskTest, QueriesOfAKeyBlockAreThoseThatSeeSomeOrAllOfIt) {
   const Mask m = mask();
   for (int64_t begin = 0; begin < m.seqlen_k; ++begin) {
     for (int64_t end = begin + 1; end <= m.seqlen_k; ++end) {
-      const Range queries = m.any_seeing_queries({begin, end});
+      const Range any = m.any_seeing_queries({begin, end}), all = m.all_seeing_queries({begin, end});
       for (int64_t i = 0; i < m.seqlen_q; ++i) {
-        bool some = false;
-        for (int64_t j = begin; j < end; ++j) some = some || visible(m, i, j);
-        EXPECT_EQ(i >= queries.begin && i < queries.end, some) << begin << ", " << end << ", " << i;
+        bool some = false, every = true;
+        for (int64_t j = begin; j < end; ++j) {
+          some = some || visible(m, i, j);
+          every = every && visible(m, i, j);
+        }
+        EXPECT_EQ(i >= any.begin && i < any.end, some) << begin << ", " << end << ", " << i;
+        EXPECT_EQ(i >= all.begin && i < all.end, every) << begin << ", " << end << ", " << i;
       }
     }
   }
