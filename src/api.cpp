@@ -1,24 +1,30 @@
 // The C ABI: validate, choose the backend of the device, run.
 #include <cstddef>
+#include <cstdint>
 #include <exception>
 #include <memory>
 #include <string>
 
 #include "attention/error.h"
+#include "attention/tensor_arg.h"
 #include "attention/validate.h"
 #include "cpu/cpu.h"
+#include "cuda/cuda.h"
+#include "cuda/runtime/device.h"
+#include "cuda/runtime/nvrtc.h"
 #include "flash_attn_plus/attention.h"
 
 namespace flash_attn_plus {
 namespace {
 
 thread_local std::string last_error;
+thread_local size_t workspace_needed = 0;
 
+// `body` returns a status.
 template <typename F>
 fap_status guarded(const F& body) noexcept {
   try {
-    body();
-    return FAP_OK;
+    return body();
   } catch (const ConstraintError& error) {
     last_error = error.what();
     return FAP_CONSTRAINT_ERROR;
@@ -37,23 +43,128 @@ const Args& deref(const Args* args) {
   return *args;
 }
 
+// The tensor that says where the call runs: validation has seen that it is given and that the
+// others are with it.
+template <typename Args>
+fap_device device_of(const Args& args) {
+  if constexpr (requires { args.q; }) {
+    return args.q->device;
+  } else {
+    return args.x->device;
+  }
+}
+
+template <typename Args>
+bool on_cpu(const Args& args) {
+  return device_of(args).device_type == kDeviceCpu;
+}
+
 int64_t size_of(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
 
-void kvcache(const fap_kvcache_args& args) {
-  KvCacheParams call = validate(args);
+// ---- the operations on each device
+// ----------------------------------------------------------------
+
+void run_on_cpu(const ForwardParams& params) { cpu::forward(params); }
+void run_on_cpu(const BackwardParams& params) { cpu::backward(params); }
+void run_on_cpu(const RotaryParams& params) { cpu::rotary(params); }
+
+void run_on_cpu(KvCacheParams params) {
   std::unique_ptr<std::byte[]> rotated;
-  if (call.appends) {
-    AppendParams& append = call.append;
+  if (params.appends) {
+    AppendParams& append = params.append;
     if (append.rotary_cos != nullptr) {
       const int64_t row = append.num_heads * append.head_dim;
       const int64_t elements = append.batch * append.seqlen_q * row;
       rotated.reset(new std::byte[static_cast<size_t>(elements * size_of(append.dtype))]);
       append.q_rotated = {rotated.get(), append.seqlen_q * row, row, append.head_dim};
-      call.forward.q = append.q_rotated;
+      params.forward.q = append.q_rotated;
     }
     cpu::append(append);
   }
-  cpu::forward(call.forward);
+  cpu::forward(params.forward);
+}
+
+size_t cuda_workspace(const ForwardParams& params, int device) {
+  return cuda::forward_workspace(params, device);
+}
+size_t cuda_workspace(const BackwardParams& params, int device) {
+  return cuda::backward_workspace(params, device);
+}
+size_t cuda_workspace(const KvCacheParams& params, int device) {
+  return cuda::kvcache_workspace(params, device);
+}
+size_t cuda_workspace(const RotaryParams&, int) { return 0; }
+
+void run_on_cuda(const ForwardParams& params, const cuda::Call& call) {
+  cuda::forward(params, call);
+}
+void run_on_cuda(const BackwardParams& params, const cuda::Call& call) {
+  cuda::backward(params, call);
+}
+void run_on_cuda(const KvCacheParams& params, const cuda::Call& call) {
+  cuda::kvcache(params, call);
+}
+void run_on_cuda(const RotaryParams& params, const cuda::Call& call) { cuda::rotary(params, call); }
+
+// ---- every entry point
+// ----------------------------------------------------------------------------
+
+template <typename Args>
+cuda::Call cuda_call(const Args& args) {
+  cuda::Call call;
+  call.device = device_of(args).device_id;
+  call.stream = args.stream;
+  if constexpr (requires { args.workspace; }) {
+    if (reinterpret_cast<uintptr_t>(args.workspace) % cuda::kWorkspaceAlignment != 0) {
+      fail("workspace must be aligned to ", cuda::kWorkspaceAlignment, " bytes");
+    }
+    call.workspace = args.workspace;
+    call.workspace_bytes = args.workspace == nullptr ? 0 : args.workspace_size;
+  }
+  return call;
+}
+
+template <typename Args>
+fap_status run(const Args* pointer) {
+  return guarded([&] {
+    const Args& args = deref(pointer);
+    const auto params = validate(args);
+    if (on_cpu(args)) {
+      run_on_cpu(params);
+      return FAP_OK;
+    }
+    const cuda::Call call = cuda_call(args);
+    const size_t needed = cuda_workspace(params, call.device);
+    if (needed > call.workspace_bytes) {
+      workspace_needed = needed;
+      last_error = "the call needs a workspace of " + std::to_string(needed) + " bytes, but got " +
+                   std::to_string(call.workspace_bytes);
+      return FAP_NEEDS_WORKSPACE;
+    }
+    const cuda::DeviceGuard guard(call.device);
+    run_on_cuda(params, call);
+    return FAP_OK;
+  });
+}
+
+template <typename Args>
+fap_status supports(const Args* pointer) {
+  return guarded([&] {
+    const Args& args = deref(pointer);
+    validate(args);
+    if (!on_cpu(args)) cuda::device_properties(device_of(args).device_id);
+    return FAP_OK;
+  });
+}
+
+template <typename Args>
+fap_status workspace(const Args* pointer, size_t* bytes) {
+  return guarded([&] {
+    const Args& args = deref(pointer);
+    const auto params = validate(args);
+    *bytes = on_cpu(args) ? 0 : cuda_workspace(params, device_of(args).device_id);
+    return FAP_OK;
+  });
 }
 
 }  // namespace
@@ -63,28 +174,31 @@ using namespace flash_attn_plus;
 
 extern "C" {
 
-fap_status fap_forward(const fap_forward_args* args) {
-  return guarded([&] { cpu::forward(validate(deref(args))); });
+fap_status fap_forward(const fap_forward_args* args) { return run(args); }
+fap_status fap_backward(const fap_backward_args* args) { return run(args); }
+fap_status fap_kvcache(const fap_kvcache_args* args) { return run(args); }
+fap_status fap_rotary(const fap_rotary_args* args) { return run(args); }
+
+fap_status fap_forward_supports(const fap_forward_args* args) { return supports(args); }
+fap_status fap_backward_supports(const fap_backward_args* args) { return supports(args); }
+
+size_t fap_workspace_needed(void) { return workspace_needed; }
+
+fap_status fap_forward_workspace(const fap_forward_args* args, size_t* bytes) {
+  return workspace(args, bytes);
+}
+fap_status fap_backward_workspace(const fap_backward_args* args, size_t* bytes) {
+  return workspace(args, bytes);
+}
+fap_status fap_kvcache_workspace(const fap_kvcache_args* args, size_t* bytes) {
+  return workspace(args, bytes);
 }
 
-fap_status fap_backward(const fap_backward_args* args) {
-  return guarded([&] { cpu::backward(validate(deref(args))); });
-}
-
-fap_status fap_kvcache(const fap_kvcache_args* args) {
-  return guarded([&] { kvcache(deref(args)); });
-}
-
-fap_status fap_rotary(const fap_rotary_args* args) {
-  return guarded([&] { cpu::rotary(validate(deref(args))); });
-}
-
-fap_status fap_forward_supports(const fap_forward_args* args) {
-  return guarded([&] { validate(deref(args)); });
-}
-
-fap_status fap_backward_supports(const fap_backward_args* args) {
-  return guarded([&] { validate(deref(args)); });
+fap_status fap_set_nvrtc_directories(const char* directories) {
+  return guarded([&] {
+    cuda::set_nvrtc_directories(directories == nullptr ? "" : directories);
+    return FAP_OK;
+  });
 }
 
 const char* fap_last_error(void) { return last_error.c_str(); }
@@ -93,7 +207,10 @@ const char* fap_version(void) { return FLASH_ATTN_PLUS_VERSION; }
 
 const char* fap_cpu_isa(void) {
   const char* name = nullptr;
-  guarded([&] { name = cpu::selected_isa().c_str(); });
+  guarded([&] {
+    name = cpu::selected_isa().c_str();
+    return FAP_OK;
+  });
   return name;
 }
 

@@ -10,7 +10,18 @@
  *
  * Every function returns a fap_status. On failure nothing has been computed or written, and
  * fap_last_error() gives the reason (per thread). No function throws, prints, or keeps state
- * between calls. All buffers belong to the caller.
+ * between calls other than compiled kernels. All buffers belong to the caller.
+ *
+ * Tensors lie on the CPU or on an NVIDIA GPU of compute capability 8.0 or newer, all of a call on
+ * one device, which need not be the current one. On a GPU a call returns when its kernels are
+ * launched on `stream`: it allocates nothing there and waits for nothing. Values in device memory
+ * (cu_seqlens, lengths, tables) are not read by the host; the kernels keep whatever they are within
+ * the tensors. max_seqlen_q and max_seqlen_k must be bounds of the lengths: rows beyond them are
+ * not computed.
+ *
+ * Some calls on a GPU need a workspace: device memory of any content, aligned to 256 bytes, in use
+ * until the call's kernels are done. A call that needs more than it got returns FAP_NEEDS_WORKSPACE
+ * and has done nothing; the CPU needs none.
  */
 #ifndef FLASH_ATTN_PLUS_ATTENTION_H_
 #define FLASH_ATTN_PLUS_ATTENTION_H_
@@ -36,6 +47,7 @@ typedef enum fap_status {
   FAP_OK = 0,
   FAP_ERROR = 1,            /* an argument or the machine does not allow the call */
   FAP_CONSTRAINT_ERROR = 2, /* a documented constraint on head dimension or head counts is broken */
+  FAP_NEEDS_WORKSPACE = 3,  /* workspace is too small: fap_workspace_needed() says how much */
 } fap_status;
 
 /* Field for field DLPack's DLDevice, DLDataType and DLTensor (version 1): a DLTensor* may be passed
@@ -87,9 +99,11 @@ typedef struct fap_forward_args {
   int64_t window_left;  /* negative: infinite */
   int64_t window_right; /* negative: infinite; causal makes it 0 at most */
   int32_t causal;
-  int32_t num_splits;  /* parts into which the keys are split; 0: chosen */
-  int32_t num_threads; /* CPU: at most so many threads; 0: as many as there are cores */
-  void* stream;        /* CUDA: the stream to launch on */
+  int32_t num_splits;    /* parts into which the keys are split; 0: chosen */
+  int32_t num_threads;   /* CPU: at most so many threads; 0: as many as there are cores */
+  void* stream;          /* CUDA: the stream (CUstream) to launch on */
+  void* workspace;       /* CUDA: see above, or NULL */
+  size_t workspace_size; /* its bytes */
 } fap_forward_args;
 
 /* Attention backward. dq, dk and dv are written whole; nothing is accumulated into them. */
@@ -124,6 +138,8 @@ typedef struct fap_backward_args {
   int32_t deterministic; /* the CPU is always deterministic */
   int32_t num_threads;
   void* stream;
+  void* workspace;
+  size_t workspace_size;
 } fap_backward_args;
 
 /* Attention over a cache, which k and v, when given, are appended to first (in place). */
@@ -153,6 +169,8 @@ typedef struct fap_kvcache_args {
   int32_t num_splits;
   int32_t num_threads;
   void* stream;
+  void* workspace;
+  size_t workspace_size;
 } fap_kvcache_args;
 
 /* Rotary position embedding of the first 2 * cos.shape[1] elements of each row; the rest is copied.
@@ -182,6 +200,19 @@ FAP_API fap_status fap_rotary(const fap_rotary_args* args);
  * The reason of a refusal is in fap_last_error(). */
 FAP_API fap_status fap_forward_supports(const fap_forward_args* args);
 FAP_API fap_status fap_backward_supports(const fap_backward_args* args);
+
+/* Bytes of workspace that this thread's last call needed which returned FAP_NEEDS_WORKSPACE. */
+FAP_API size_t fap_workspace_needed(void);
+
+/* Bytes of workspace that a call would need, to be prepared before it is made. */
+FAP_API fap_status fap_forward_workspace(const fap_forward_args* args, size_t* bytes);
+FAP_API fap_status fap_backward_workspace(const fap_backward_args* args, size_t* bytes);
+FAP_API fap_status fap_kvcache_workspace(const fap_kvcache_args* args, size_t* bytes);
+
+/* CUDA kernels are compiled when they are first used, by NVRTC, and kept on disk. It is looked for
+ * in the file or directory FLASH_ATTN_PLUS_NVRTC, in these directories (separated by colons; those
+ * of an earlier call are forgotten), in the toolkit, and where the loader looks. */
+FAP_API fap_status fap_set_nvrtc_directories(const char* directories);
 
 /* The message of this thread's last failure; never NULL, valid until this thread's next call. */
 FAP_API const char* fap_last_error(void);

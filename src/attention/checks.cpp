@@ -7,8 +7,6 @@
 namespace flash_attn_plus {
 namespace {
 
-constexpr int kDeviceCpu = 1;
-
 void check_heads(const char* direction, int64_t head_dim, int64_t num_heads, int64_t num_heads_k) {
   if (head_dim > kMaxHeadDim) {
     fail<ConstraintError>("FlashAttention ", direction,
@@ -24,14 +22,15 @@ void check_heads(const char* direction, int64_t head_dim, int64_t num_heads, int
 }  // namespace
 
 void check_device(const TensorArg& q) {
-  if (q.device().device_type != kDeviceCpu) {
-    fail(q.name(), " must be on the CPU: this build has no backend for devices of type ",
-         q.device().device_type);
+  const int type = q.device().device_type;
+  if (type != kDeviceCpu && type != kDeviceCuda) {
+    fail(q.name(),
+         " must be on the CPU or on an NVIDIA GPU: there is no backend for devices of type ", type);
   }
 }
 
 void check_dtype(const TensorArg& q) {
-  if (!q.is_float()) {
+  if (!q.is_float() || (q.is_float32() && !q.on_host())) {
     fail("FlashAttention only support fp16 and bf16 data type (and fp32 on the CPU), but ",
          q.name(), " has ", q.dtype_name());
   }
@@ -116,6 +115,11 @@ const int32_t* check_cu_seqlens(const TensorArg& cu_seqlens, const TensorArg& q,
   }
   cu_seqlens.require_contiguous();
   const int32_t* values = cu_seqlens.data<const int32_t>();
+  if (!cu_seqlens.on_host()) {
+    if (max_seqlen < 0) fail(max_name, " is ", max_seqlen, ", but must not be negative");
+    longest = total == kAny ? max_seqlen : std::min(max_seqlen, total);
+    return values;
+  }
   const int64_t count = cu_seqlens.shape(0) - 1;
   if (values[0] != 0) fail(cu_seqlens.name(), " must start at 0, but starts at ", values[0]);
   longest = 0;
@@ -154,6 +158,8 @@ Pages check_block_table(const TensorArg& block_table, const TensorArg& k, const 
   pages.page_size = k.shape(1);
   if (pages.page_size < 1) fail(k.name(), " must have a page size of at least 1, but has 0");
   pages.capacity = block_table.shape(1) * pages.page_size;
+  // Without a page there is none that a kernel could fall back on.
+  if (!block_table.on_host() && pages.num_pages == 0) pages.capacity = 0;
   return pages;
 }
 
@@ -243,6 +249,7 @@ const int32_t* check_lengths(const TensorArg& lengths, const TensorArg& q, int64
   lengths.require_shape({{"batch_size", batch}});
   lengths.require_contiguous();
   const int32_t* values = lengths.data<const int32_t>();
+  if (!lengths.on_host()) return values;
   for (int64_t i = 0; i < batch; ++i) {
     const int64_t most = limit(i);
     if (values[i] < 0 || values[i] > most) {

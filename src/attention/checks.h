@@ -1,6 +1,7 @@
 // The checks that several operations make; each throws Error or ConstraintError with the name of
-// the argument, what was expected and what was given. Lengths and tables lie in host memory here,
-// so their values are checked too.
+// the argument, what was expected and what was given. The values of lengths and tables are checked
+// where the host can read them; on a device they are not looked at, and kernels keep whatever they
+// are within the tensors.
 #pragma once
 
 #include <cmath>
@@ -34,7 +35,7 @@ void check_struct_size(const Args& args) {
 }
 
 void check_device(const TensorArg& x);  // a device that this build serves
-void check_dtype(const TensorArg& x);
+void check_dtype(const TensorArg& x);   // of attention
 void check_same_dtype(const TensorArg& x, const TensorArg& like, const char* text);
 // Shape, dtype and device of `like`.
 void check_like(const TensorArg& x, const TensorArg& like, const char* dtype_text);
@@ -51,7 +52,7 @@ void check_kv_shape(const TensorArg& x, std::initializer_list<Extent> leading,
 int64_t batch_size(const TensorArg& q, const TensorArg& cu_seqlens_q);
 
 // From 0, non-decreasing, no sequence longer than max_seqlen, within `total` rows (or kAny). Sets
-// `longest`.
+// `longest`, which on a device is max_seqlen, or `total` where that is less.
 const int32_t* check_cu_seqlens(const TensorArg& cu_seqlens, const TensorArg& q, int64_t batch,
                                 int64_t total, const char* max_name, int64_t max_seqlen,
                                 int64_t& longest);

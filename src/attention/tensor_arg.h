@@ -18,6 +18,10 @@ struct Extent {
 };
 constexpr int64_t kAny = -1;
 
+// DLPack's device types.
+constexpr int kDeviceCpu = 1;
+constexpr int kDeviceCuda = 2;
+
 class TensorArg {
  public:
   TensorArg(const char* name, const fap_tensor* tensor) : name_(name), tensor_(tensor) {}
@@ -29,6 +33,8 @@ class TensorArg {
   int64_t stride(int axis) const;
   int64_t numel() const;
   fap_device device() const { return tensor_->device; }
+  // Whether the host may read its values.
+  bool on_host() const { return device().device_type == kDeviceCpu; }
 
   template <typename T = void>
   T* data() const {

@@ -1,6 +1,8 @@
 // Forward and backward.
 #include "attention/validate.h"
 
+#include <algorithm>
+
 #include "attention/checks.h"
 #include "attention/dropout.h"
 #include "attention/error.h"
@@ -109,6 +111,8 @@ ForwardParams validate(const fap_forward_args& args) {
   if (block_table) {
     set_pages(pages, params);
     if (args.seqused_k != nullptr) params.seqlen_k = pages.capacity;
+    // Seen to hold on the host, below.
+    if (!block_table.on_host()) params.seqlen_k = std::min(params.seqlen_k, pages.capacity);
   }
 
   const auto limit = [&](int64_t i) { return block_table ? pages.capacity : rows_of_k(params, i); };
@@ -116,7 +120,7 @@ ForwardParams validate(const fap_forward_args& args) {
                                    "the rows of its sequence");
   params.leftpad_k = check_lengths({"leftpad_k", args.leftpad_k}, t.q, params.batch, limit,
                                    "the rows of its sequence");
-  if (block_table) {
+  if (block_table && block_table.on_host()) {
     for (int64_t i = 0; i < params.batch; ++i) {
       const int64_t rows = params.seqused_k != nullptr ? params.seqused_k[i] : rows_of_k(params, i);
       if (rows > pages.capacity) {

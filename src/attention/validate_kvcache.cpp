@@ -130,7 +130,7 @@ KvCacheParams validate(const fap_kvcache_args& args) {
     t.k.require_writable({t.q, k, v});
     t.v.require_writable({t.q, k, v, t.k});
     params.seqlen_new = seqlen_new;
-    for (int64_t i = 0; i < params.batch; ++i) {
+    for (int64_t i = 0; cache_seqlens.on_host() && i < params.batch; ++i) {
       if (params.seqused_k[i] + seqlen_new > capacity) {
         fail("cache_seqlens[", i, "] is ", params.seqused_k[i], ": with ", seqlen_new,
              " new keys it passes the end of the KV cache, which has room for ", capacity);
@@ -168,7 +168,7 @@ KvCacheParams validate(const fap_kvcache_args& args) {
     }
     check_rotary_tables(rotary_cos, rotary_sin, t.q, capacity, append);
   }
-  if (block_table) {
+  if (block_table && block_table.on_host()) {
     for (int64_t i = 0; i < params.batch; ++i) {
       const int64_t rows =
           params.seqused_k != nullptr ? params.seqused_k[i] + params.seqlen_new : capacity;
@@ -179,7 +179,7 @@ KvCacheParams validate(const fap_kvcache_args& args) {
   check_scalars(args, params);
   // As asked for: a window that hides nothing counts.
   append.rotate_q_by_row = args.causal || args.window_left >= 0 || args.window_right >= 0;
-  if (rotary_cos) check_query_positions(rotary_cos, params, append);
+  if (rotary_cos && rotary_cos.on_host()) check_query_positions(rotary_cos, params, append);
   check_alibi({"alibi_slopes", args.alibi_slopes}, t.q, params);
   check_s_aux({"s_aux", args.s_aux}, t.q, params);
   check_outputs({"out", args.out}, {"softmax_lse", args.softmax_lse}, t, false, params);

@@ -12,7 +12,7 @@ RotaryParams validate(const fap_rotary_args& args) {
   const TensorArg cu_seqlens("cu_seqlens", args.cu_seqlens);
   x.require_rank(cu_seqlens ? 3 : 4);
   check_device(x);
-  check_dtype(x);
+  if (!x.is_float()) fail("x must have dtype fp32, fp16 or bf16, but has ", x.dtype_name());
   check_like(out, x, "out must have the same dtype as x");
   x.require_last_contiguous();
   out.require_writable({});
@@ -68,7 +68,8 @@ RotaryParams validate(const fap_rotary_args& args) {
       fail("seqlen_offsets must have dtype int32 or int64, but has ", offsets.dtype_name());
     }
   }
-  for (int64_t i = 0; i < params.batch; ++i) {
+  const bool known = x.on_host() || (!offsets && !cu_seqlens);  // where the rows are
+  for (int64_t i = 0; known && i < params.batch; ++i) {
     const int64_t first = params.seqlen_offsets32 != nullptr   ? params.seqlen_offsets32[i]
                           : params.seqlen_offsets64 != nullptr ? params.seqlen_offsets64[i]
                                                                : args.seqlen_offset;

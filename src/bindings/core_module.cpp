@@ -1,8 +1,9 @@
 // The Python binding: DLPack views in, an exception out. The only file that sees apache-tvm-ffi.
 //
 // Every operation takes the fields of its C struct in their order, without `size`; None for a
-// tensor that is not given, the stream as an integer. So the binding of an operation follows from
-// its struct.
+// tensor that is not given, the stream and the workspace as integers. So the binding of an
+// operation follows from its struct. The workspace and its size may be left out. The result is 0,
+// or the bytes of workspace without which nothing was done.
 #include <tvm/ffi/tvm_ffi.h>
 
 #include <cstdint>
@@ -20,11 +21,8 @@ using tvm::ffi::TensorView;
 // One argument, which becomes whatever type the field that it initialises has.
 class Field {
  public:
-  Field(const char* operation, int index, const TVMFFIAny& value, fap_tensor& storage)
-      : operation_(operation),
-        index_(index),
-        value_(AnyView::CopyFromTVMFFIAny(value)),
-        storage_(storage) {}
+  Field(const char* operation, int index, AnyView value, fap_tensor& storage)
+      : operation_(operation), index_(index), value_(value), storage_(storage) {}
 
   operator const fap_tensor*() const {  // NOLINT: implicit
     if (value_ == nullptr) return nullptr;
@@ -41,6 +39,7 @@ class Field {
   operator double() const { return get<double>("a number"); }                             // NOLINT
   operator int64_t() const { return get<int64_t>("an integer"); }                         // NOLINT
   operator int32_t() const { return static_cast<int32_t>(get<int64_t>("an integer")); }   // NOLINT
+  operator size_t() const { return static_cast<size_t>(get<int64_t>("an integer")); }     // NOLINT
   operator void*() const { return reinterpret_cast<void*>(get<int64_t>("an integer")); }  // NOLINT
 
  private:
@@ -78,27 +77,38 @@ constexpr size_t count_fields() {
   }
 }
 
+// The fields at the end that a call may leave out, which are then zero.
+template <typename Args>
+constexpr size_t kNumOptional = requires(Args args) { args.workspace; } ? 2 : 0;
+
 template <typename Args, size_t... I>
 fap_status call(const char* operation, fap_status (*function)(const Args*), const TVMFFIAny* values,
-                std::index_sequence<I...>) {
+                size_t num_values, std::index_sequence<I...>) {
+  const auto value = [&](size_t index) {
+    return index < num_values ? AnyView::CopyFromTVMFFIAny(values[index]) : AnyView(int64_t{0});
+  };
   fap_tensor storage[sizeof...(I)];
-  const Args args{sizeof(Args), Field(operation, static_cast<int>(I), values[I], storage[I])...};
+  const Args args{sizeof(Args), Field(operation, static_cast<int>(I), value(I), storage[I])...};
   return function(&args);
 }
 
 template <typename Args>
-void invoke(const char* operation, fap_status (*function)(const Args*), const TVMFFIAny* values,
-            int32_t num_values) {
+int64_t invoke(const char* operation, fap_status (*function)(const Args*), const TVMFFIAny* values,
+               int32_t num_values) {
   constexpr size_t kNumFields = count_fields<Args>();
-  if (num_values != static_cast<int32_t>(kNumFields)) {
+  constexpr size_t kNumRequired = kNumFields - kNumOptional<Args>;
+  const size_t given = static_cast<size_t>(num_values);
+  if (given != kNumRequired && given != kNumFields) {
     throw tvm::ffi::Error("TypeError",
-                          std::string(operation) + " takes " + std::to_string(kNumFields) +
-                              " arguments, but got " + std::to_string(num_values),
+                          std::string(operation) + " takes " + std::to_string(kNumRequired) +
+                              " arguments (" + std::to_string(kNumFields) +
+                              " with all optional ones), but got " + std::to_string(num_values),
                           "");
   }
   const fap_status status =
-      call(operation, function, values, std::make_index_sequence<kNumFields>{});
-  if (status == FAP_OK) return;
+      call(operation, function, values, given, std::make_index_sequence<kNumFields>{});
+  if (status == FAP_OK) return 0;
+  if (status == FAP_NEEDS_WORKSPACE) return static_cast<int64_t>(fap_workspace_needed());
   throw tvm::ffi::Error(status == FAP_CONSTRAINT_ERROR ? "ConstraintError" : "RuntimeError",
                         fap_last_error(), "");
 }
@@ -110,15 +120,19 @@ tvm::ffi::String cpu_isa() {
 }
 tvm::ffi::String cpu_isas() { return fap_cpu_isas(); }
 tvm::ffi::String version() { return fap_version(); }
+void set_nvrtc_directories(const tvm::ffi::String& directories) {
+  fap_set_nvrtc_directories(directories.c_str());
+}
 
 }  // namespace
 
-#define FAP_EXPORT(name, function)                                                   \
-  extern "C" TVM_FFI_DLL_EXPORT int __tvm_ffi_##name(void*, const TVMFFIAny* args,   \
-                                                     int32_t num_args, TVMFFIAny*) { \
-    TVM_FFI_SAFE_CALL_BEGIN();                                                       \
-    invoke(#name, &function, args, num_args);                                        \
-    TVM_FFI_SAFE_CALL_END();                                                         \
+#define FAP_EXPORT(name, function)                                                          \
+  extern "C" TVM_FFI_DLL_EXPORT int __tvm_ffi_##name(void*, const TVMFFIAny* args,          \
+                                                     int32_t num_args, TVMFFIAny* result) { \
+    TVM_FFI_SAFE_CALL_BEGIN();                                                              \
+    const int64_t value = invoke(#name, &function, args, num_args);                         \
+    *reinterpret_cast<tvm::ffi::Any*>(result) = value;                                      \
+    TVM_FFI_SAFE_CALL_END();                                                                \
   }
 
 FAP_EXPORT(forward, fap_forward)
@@ -131,3 +145,4 @@ FAP_EXPORT(backward_supports, fap_backward_supports)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(cpu_isa, cpu_isa)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(cpu_isas, cpu_isas)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(version, version)
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(set_nvrtc_directories, set_nvrtc_directories)

@@ -119,9 +119,9 @@ TEST_F(ApiTest, RefusesMissingTensors) {
 
 TEST_F(ApiTest, RefusesOtherDevices) {
   const Tensor elsewhere(q_data_.data(), kFloat32Type, {kBatch, kSeqlenQ, kHeads, kDim}, {},
-                         {2, 0});
+                         {8, 0});
   args_.q = elsewhere;
-  expect_refused("must be on the CPU");
+  expect_refused("q must be on the CPU or on an NVIDIA GPU");
   args_.q = q_;
   const Tensor v(v_data_.data(), kFloat32Type, {kBatch, kSeqlenK, kHeadsK, kDim}, {}, {2, 0});
   args_.v = v;

@@ -5,6 +5,7 @@
 #include <shared_mutex>
 #include <string>
 #include <unordered_map>
+#include <utility>
 
 #include "cuda/runtime/device.h"
 #include "cuda/runtime/spec_text.h"
@@ -13,7 +14,7 @@ namespace flash_attn_plus::cuda {
 
 struct Kernel {
   void* handle = nullptr;  // CUkernel: belongs to no context
-  std::string name;        // its Spec as text
+  std::string name;        // its Spec and device, for messages
 };
 
 // What is compiled: the names of a Spec, which see kernel.h.
@@ -25,9 +26,6 @@ struct KernelSource {
 
 // From the disk, else compiled. Throws Error with what failed, the Spec and the device.
 Kernel load_kernel(const KernelSource& source, const DeviceProperties& device);
-
-// Writes to the log which kernel serves a call; see log.h.
-void log_use(const Kernel& kernel, const DeviceProperties& device);
 
 template <typename Spec>
 class KernelTable {
@@ -45,7 +43,6 @@ class KernelTable {
         kernel = &kernels_.emplace(key, std::move(loaded)).first->second;
       }
     }
-    log_use(*kernel, device);
     return *kernel;
   }
 
