@@ -21,11 +21,9 @@ struct ForwardSpec {
   Access access = Access::kWhole;
   bool paged = false;
   Masking masking = Masking::kNone;
-  bool scale_first = false;  // the scale is 0 or negative, so the largest product may not be the
-                             // largest score
   bool softcap = false;
-  bool alibi = false;
-  bool dropout = false;
+  bool alibi = false;    // also serves scales that are 0 or negative, without slopes
+  bool dropout = false;  // also serves calls without
 
   FAP_SHARED constexpr int threads() const { return num_warps * 32; }
   FAP_SHARED constexpr int shared_bytes() const {
@@ -33,7 +31,7 @@ struct ForwardSpec {
   }
   // Scores are brought to their final value, in units of log2, before the softmax; otherwise the
   // scale is a factor in its exponent.
-  FAP_SHARED constexpr bool transformed() const { return scale_first || softcap || alibi; }
+  FAP_SHARED constexpr bool transformed() const { return softcap || alibi; }
 
   constexpr bool operator==(const ForwardSpec&) const = default;
   template <typename F>
@@ -50,7 +48,6 @@ struct ForwardSpec {
     field("access", access);
     field("paged", paged);
     field("masking", masking);
-    field("scale_first", scale_first);
     field("softcap", softcap);
     field("alibi", alibi);
     field("dropout", dropout);

@@ -1,0 +1,139 @@
+#include "cuda/plan/forward.h"
+
+#include <algorithm>
+
+#include "attention/dropout.h"
+#include "attention/error.h"
+#include "cuda/plan/kind.h"
+
+namespace flash_attn_plus::cuda {
+namespace {
+
+// What of a call decides its kernel.
+struct Kind {
+  DType dtype;
+  int head_dim;  // of the tile
+  Access access;
+  bool paged;
+  Masking masking;
+  bool softcap;
+  bool alibi;
+  bool dropout;
+};
+
+Kind kind_of(const ForwardParams& params) {
+  Kind kind;
+  kind.dtype = params.dtype;
+  kind.head_dim = tile_head_dim(params.head_dim);
+  kind.access = common_access(params.head_dim, {&params.q, &params.k, &params.v, &params.out});
+  kind.paged = params.block_table != nullptr;
+  kind.masking = masking_of(params);
+  kind.softcap = params.softcap > 0;
+  // Where the largest product need not be the largest score, scores are computed one by one.
+  kind.alibi = params.alibi_slopes != nullptr || !(params.softmax_scale > 0);
+  kind.dropout = params.dropout_p > 0;
+  return kind;
+}
+
+// Common kinds have a kernel each. For the rest a kernel that can do more does: a window without
+// bounds masks nothing, slopes of 0 add nothing, dropout with p = 0 drops nothing.
+Kind widened(Kind kind) {
+  if (kind.paged && kind.access == Access::kPadded) kind.access = Access::kElement;
+  const int features = kind.softcap + kind.alibi + kind.dropout;
+  const bool common = kind.access == Access::kWhole && !kind.paged && features <= 1;
+  if (common) return kind;
+  const bool plain = features == 0 && kind.access != Access::kElement;
+  if (!(plain && !kind.paged && kind.masking == Masking::kNone)) kind.masking = Masking::kWindow;
+  if (!plain) kind.alibi = kind.dropout = true;
+  return kind;
+}
+
+struct TileShape {
+  int tile_m, tile_n, num_warps, stages, min_blocks;
+};
+
+ForwardSpec with_shape(const Kind& kind, const TileShape& shape) {
+  ForwardSpec spec;
+  spec.dtype = kind.dtype;
+  spec.head_dim = kind.head_dim;
+  spec.tile_m = shape.tile_m;
+  spec.tile_n = shape.tile_n;
+  spec.num_warps = shape.num_warps;
+  spec.stages = shape.stages;
+  spec.min_blocks = shape.min_blocks;
+  spec.access = kind.access;
+  spec.paged = kind.paged;
+  spec.masking = kind.masking;
+  spec.softcap = kind.softcap;
+  spec.alibi = kind.alibi;
+  spec.dropout = kind.dropout;
+  return spec;
+}
+
+// A warp of 32 rows keeps head_dim + tile_n accumulators a thread, one of 16 rows half as many; the
+// best shape first.
+ForwardSpec choose(const Kind& call, const DeviceProperties& device) {
+  const Kind kind = widened(call);
+  const bool narrow = kind.alibi && kind.dropout;  // registers for everything at once
+  const TileShape large = {128, narrow ? 32 : 64, 4, 1, 2};
+  const TileShape shapes[] = {
+      kind.head_dim <= 128 ? large : TileShape{64, narrow ? 32 : 64, 4, 1, 2},
+      {64, 32, 4, 1, 1},
+  };
+  for (const TileShape& shape : shapes) {
+    const ForwardSpec spec = with_shape(kind, shape);
+    if (spec.shared_bytes() <= device.max_shared_per_block) return spec;
+  }
+  fail("no tile of the forward kernel fits the shared memory of ", device.name);
+}
+
+uint32_t ceil_div(int64_t a, int64_t b) { return static_cast<uint32_t>((a + b - 1) / b); }
+
+}  // namespace
+
+ForwardPlan plan_forward(const ForwardParams& params, const DeviceProperties& device) {
+  ForwardPlan plan;
+  plan.spec = choose(kind_of(params), device);
+  ForwardArgs& args = plan.args;
+  args.params = params;
+  args.num_query_blocks = ceil_div(params.seqlen_q, plan.spec.tile_m);
+  args.num_pairs = static_cast<uint32_t>(params.batch * params.num_heads);
+  // Pairs whose keys and values fill half of the L2 cache; query heads of a group share theirs.
+  const int64_t key_bytes = 4 * params.seqlen_k * params.head_dim;
+  const int64_t pairs = device.l2_bytes / 2 / std::max<int64_t>(key_bytes, 1) * params.group_size();
+  args.pairs_per_group =
+      static_cast<uint32_t>(std::clamp<int64_t>(pairs, 1, std::max(args.num_pairs, 1u)));
+  const int64_t blocks = int64_t{args.num_query_blocks} * args.num_pairs;
+  // Rows of no sequence are few, or there is no hurry.
+  const int64_t filling = params.cu_seqlens_q != nullptr
+                              ? std::min<int64_t>(params.total_q, device.num_multiprocessors)
+                              : 0;
+  if (blocks + filling > INT32_MAX) {
+    fail("the call is too large for one launch: ", blocks, " blocks of ", plan.spec.tile_m,
+         " query rows");
+  }
+  args.num_attention_blocks = static_cast<uint32_t>(blocks);
+  plan.shape = {blocks + filling, plan.spec.threads(), plan.spec.shared_bytes()};
+  return plan;
+}
+
+std::vector<ForwardSpec> all_forward_specs(const DeviceProperties& device) {
+  std::vector<ForwardSpec> specs;
+  for (const DType dtype : {DType::kFloat16, DType::kBFloat16}) {
+    for (const int head_dim : kTileHeadDims) {
+      for (const Access access : {Access::kWhole, Access::kPadded, Access::kElement}) {
+        for (const Masking masking : {Masking::kNone, Masking::kCausal, Masking::kWindow}) {
+          for (int flags = 0; flags < 16; ++flags) {
+            const Kind kind{dtype,   head_dim,         access,           (flags & 1) != 0,
+                            masking, (flags & 2) != 0, (flags & 4) != 0, (flags & 8) != 0};
+            const ForwardSpec spec = choose(kind, device);
+            if (std::find(specs.begin(), specs.end(), spec) == specs.end()) specs.push_back(spec);
+          }
+        }
+      }
+    }
+  }
+  return specs;
+}
+
+}  // namespace flash_attn_plus::cuda

@@ -1,0 +1,27 @@
+// The S_dmask kernel's specialisation and argument.
+#pragma once
+
+#include "cuda/spec.h"
+
+namespace flash_attn_plus::cuda {
+
+struct SDmaskSpec {
+  static constexpr const char* kKernel = "s_dmask";
+  static constexpr const char* kEntry = "attention_s_dmask";
+
+  DType dtype = DType::kBFloat16;
+
+  static FAP_SHARED constexpr int threads() { return 256; }
+
+  constexpr bool operator==(const SDmaskSpec&) const = default;
+  template <typename F>
+  constexpr void visit(F&& field) const {
+    field("dtype", dtype);
+  }
+};
+
+struct SDmaskArgs {
+  ForwardParams params;
+};
+
+}  // namespace flash_attn_plus::cuda
