@@ -15,7 +15,7 @@ void write_s_dmask(const ForwardParams& params, const DeviceProperties& device, 
   const SDmaskArgs args{params};
   const int64_t rows = params.batch * params.num_heads * params.s_dmask_rows;
   const int64_t blocks = std::min<int64_t>(rows, 64 * device.num_multiprocessors);
-  launch(kernel_for(spec, device), {blocks, SDmaskSpec::threads(), 0}, stream, &args);
+  launch(kernel_for(spec, device), {blocks, spec.threads(), 0}, stream, &args);
 }
 
 }  // namespace

@@ -11,7 +11,7 @@ struct SDmaskSpec {
 
   DType dtype = DType::kBFloat16;
 
-  static FAP_SHARED constexpr int threads() { return 256; }
+  FAP_SHARED constexpr int threads() const { return 256; }
 
   constexpr bool operator==(const SDmaskSpec&) const = default;
   template <typename F>
