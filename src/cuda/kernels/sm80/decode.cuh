@@ -16,7 +16,7 @@
 
 #include "attention/sequence.h"
 #include "attention/split.h"
-#include "cuda/kernels/keys.cuh"
+#include "cuda/kernels/key_steps.cuh"
 #include "cuda/kernels/parts.cuh"
 #include "cuda/kernels/scores.cuh"
 #include "cuda/kernels/tile.cuh"
@@ -36,42 +36,6 @@ FAP_DEVICE void sync_stream(int stream) {
     __syncwarp();
   } else {
     sync_threads(stream + 1, spec.row_warps() * 32);
-  }
-}
-
-// The place of the key that a lane stands for in a step: lanes j and j + step_keys for key j.
-struct PageSlot {
-  int page = 0;
-  int slot = 0;
-
-  FAP_DEVICE PageSlot() {}
-  FAP_DEVICE PageSlot(const ForwardParams& params, const Sequence& sequence, int64_t batch,
-                      int first_key, int end) {
-    const int key = first_key + lane_id() % spec.step_keys;
-    if (key >= end) return;
-    const uint32_t row = static_cast<uint32_t>(sequence.k_begin) + static_cast<uint32_t>(key);
-    const uint32_t page_size = static_cast<uint32_t>(params.page_size);
-    slot = static_cast<int>(row % page_size);
-    page = params.block_table[batch * params.block_table_stride + row / page_size];
-    page = min_of(max_of(page, 0), static_cast<int>(params.num_pages - 1));
-  }
-};
-
-// Copies the keys or values of one step; those from `end` on become zeros.
-template <typename Rows>
-FAP_DEVICE void copy_step(KeyTile tile, const Rows& rows, int head_dim, const PageSlot& place,
-                          int first_key, int end, int thread) {
-  if constexpr (spec.paged) {
-    gather_rows<spec.access, spec.row_warps() * 32>(
-        tile, thread, head_dim,
-        [&](int row) {
-          const int page = __shfl_sync(0xFFFFFFFFu, place.page, row);
-          const int slot = __shfl_sync(0xFFFFFFFFu, place.slot, row);
-          return rows.first + page * rows.page_stride + slot * rows.row_stride;
-        },
-        end - first_key);
-  } else {
-    rows.template copy<spec.access, spec.row_warps() * 32>(tile, thread, head_dim, first_key, end);
   }
 }
 
@@ -320,17 +284,12 @@ extern "C" __global__ void __launch_bounds__(spec.threads(), spec.min_blocks)
   constexpr int kStride = spec.streams * spec.step_keys;
   const int first = begin + stream * spec.step_keys;
   const int num_steps = max_of(0, (end - first + kStride - 1) / kStride);
-  const KeyRows<spec.paged> k_rows(params, params.k, sequence, batch, head_k);
-  const KeyRows<spec.paged> v_rows(params, params.v, sequence, batch, head_k);
-  PageSlot place;
-  if constexpr (spec.paged) place = PageSlot(params, sequence, batch, first, end);
-  // Copies step i, and looks up the pages of the one after it. Always a group, if an empty one.
+  KeySteps<spec.paged, spec.access, spec.row_warps() * 32, kStride, KeyTile> steps(
+      params, sequence, batch, head_k, thread, first, end);
+  // Step i, which comes after those copied so far. Always a group, if an empty one.
   const auto copy = [&](int i, int stage) {
-    const int key = first + i * kStride;
     if (i < num_steps) {
-      copy_step(k_tile(stage), k_rows, head_dim, place, key, end, thread);
-      copy_step(v_tile(stage), v_rows, head_dim, place, key, end, thread);
-      if constexpr (spec.paged) place = PageSlot(params, sequence, batch, key + kStride, end);
+      steps.copy_next(k_tile(stage), v_tile(stage), thread, head_dim, end - (first + i * kStride));
     }
     copy_async_commit();
   };
