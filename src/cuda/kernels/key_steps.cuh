@@ -27,8 +27,8 @@ struct KeySteps<false, kAccess, kThreads, kStride, T> {
         v_source(source_of(params, params.v, sequence, batch, head, thread, first_key)) {}
 
   FAP_DEVICE static const uint16_t* source_of(const ForwardParams& params, const Operand& x,
-                                              const Sequence& sequence, int64_t batch,
-                                              int64_t head, int thread, int first_key) {
+                                              const Sequence& sequence, int64_t batch, int64_t head,
+                                              int thread, int first_key) {
     return thread_source<T, kThreads>(static_cast<const uint16_t*>(x.data) +
                                           key_row_offset(params, x, batch, sequence.k_begin) +
                                           first_key * x.row_stride + head * x.head_stride,

@@ -73,7 +73,8 @@ FAP_DEVICE void copy_unit(const Number<kType>* x, Number<kType>* out, uint32_t u
   Numbers<kType, kWidth>(x + unit * kWidth).store(out + unit * kWidth);
 }
 
-// Rotates a unit, or copies one of the rest; `out` may be `x`. Without tables (null) the angle is 0.
+// Rotates a unit, or copies one of the rest; `out` may be `x`. Without tables (null) the angle is
+// 0.
 template <DType kType, DType kTable, int kWidth, bool kInterleaved>
 FAP_DEVICE void rotate_unit(const Number<kType>* x, Number<kType>* out, const Number<kTable>* cos,
                             const Number<kTable>* sin, uint32_t unit, int rotary_dim,

@@ -18,9 +18,7 @@ struct DecodeSpec {
   int min_blocks = 2;  // blocks of threads that a multiprocessor must be able to hold
   Access access = Access::kWhole;
   bool paged = false;
-  bool softcap = false;
-  bool alibi = false;
-  bool split = false;  // results are parts, for the combine kernel
+  bool transformed = false;  // there may be a softcap, or slopes of ALiBi
 
   FAP_SHARED constexpr int row_warps() const { return tile_m / 16; }
   FAP_SHARED constexpr int threads() const { return streams * row_warps() * 32; }
@@ -28,9 +26,7 @@ struct DecodeSpec {
   FAP_SHARED constexpr int query_bytes() const { return tile_m * padded_row_bytes(head_dim); }
   // Beside the rows of a quarter warp lie other banks.
   FAP_SHARED constexpr int merge_row() const { return head_dim + 8; }  // in floats
-  FAP_SHARED constexpr int merge_bytes() const {
-    return streams * tile_m * (merge_row() + 2) * 4;
-  }
+  FAP_SHARED constexpr int merge_bytes() const { return streams * tile_m * (merge_row() + 2) * 4; }
   FAP_SHARED constexpr int shared_bytes() const {
     return max_of(query_bytes() + streams * stages * 2 * tile_bytes(), merge_bytes());
   }
@@ -49,14 +45,12 @@ struct DecodeSpec {
     field("min_blocks", min_blocks);
     field("access", access);
     field("paged", paged);
-    field("softcap", softcap);
-    field("alibi", alibi);
-    field("split", split);
+    field("transformed", transformed);
   }
 };
 
-// The part of a row's softmax that one split has seen: its sum of exponentials is sum * 2^top. A part
-// without keys has top -inf and sum 0, and its output is not written.
+// The part of a row's softmax that one split has seen: its sum of exponentials is sum * 2^top. A
+// part without keys has top -inf and sum 0, and its output is not written.
 struct PartialRow {
   float top;
   float sum;
@@ -64,12 +58,12 @@ struct PartialRow {
 
 struct DecodeArgs {
   ForwardParams params;
-  // Blocks of threads are numbered by split, batch, tile of rows and key head, the head fastest: those
-  // running together read neighbouring memory.
-  uint32_t num_row_tiles = 0;  // of the longest sequence
-  uint32_t num_splits = 1;
-  int64_t num_rows = 0;  // batch * num_heads_k * (packed rows of the longest sequence)
-  float* partial_out = nullptr;        // (num_splits, num_rows, head_dim of the tile), unnormalised
+  // Blocks of threads are numbered by split, batch, tile of rows and key head, the head fastest:
+  // those running together read neighbouring memory.
+  uint32_t num_row_tiles = 0;    // of the longest sequence
+  uint32_t num_splits = 1;       // from 2 on, results are parts, for the combine kernel
+  int64_t num_rows = 0;          // batch * num_heads_k * (packed rows of the longest sequence)
+  float* partial_out = nullptr;  // (num_splits, num_rows, head_dim of the tile), unnormalised
   PartialRow* partial_rows = nullptr;  // (num_splits, num_rows)
 };
 

@@ -63,8 +63,8 @@ struct AppendSpec {
 
 struct AppendArgs {
   AppendParams params;
-  // Blocks of threads of a sequence: first those of new keys, then as many of new values, then those
-  // of queries.
+  // Blocks of threads of a sequence: first those of new keys, then as many of new values, then
+  // those of queries.
   uint32_t new_rows_per_block = 1, new_blocks = 0;
   uint32_t q_rows_per_block = 1, q_blocks = 0;
 };

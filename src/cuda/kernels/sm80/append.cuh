@@ -1,6 +1,6 @@
-// Appends new keys and values to a cache, rotated on the way, and rotates the queries that will meet
-// them. What the lengths and tables on the device say is checked: no row is written that is not in
-// the sequence's own cache. Bound by latency: there are few rows.
+// Appends new keys and values to a cache, rotated on the way, and rotates the queries that will
+// meet them. What the lengths and tables on the device say is checked: no row is written that is
+// not in the sequence's own cache. Bound by latency: there are few rows.
 #pragma once
 
 #include "attention/sequence.h"
@@ -51,8 +51,7 @@ FAP_DEVICE void append_rows(const AppendArgs& args, const Operand& x, const Oper
   const uint32_t units = row_units(spec.width(), kRotates ? params.rotary_dim : 0, params.head_dim);
   const uint32_t row_work = units * static_cast<uint32_t>(params.num_heads_k);
   const int64_t length = params.cache_seqlens[batch];
-  for (uint32_t i = threadIdx.x; i < row_work * static_cast<uint32_t>(num_rows);
-       i += kRowThreads) {
+  for (uint32_t i = threadIdx.x; i < row_work * static_cast<uint32_t>(num_rows); i += kRowThreads) {
     const int64_t row = begin + i / row_work;
     const uint32_t head = i % row_work / units;
     const RowNumber* source = static_cast<const RowNumber*>(x.data) + batch * x.batch_stride +
@@ -74,8 +73,7 @@ FAP_DEVICE void rotate_queries(const AppendArgs& args, int64_t batch, int64_t be
   const uint32_t units = row_units(spec.width(), params.rotary_dim, params.head_dim);
   const uint32_t row_work = units * static_cast<uint32_t>(params.num_heads);
   const int64_t length = params.cache_seqlens[batch];
-  for (uint32_t i = threadIdx.x; i < row_work * static_cast<uint32_t>(num_rows);
-       i += kRowThreads) {
+  for (uint32_t i = threadIdx.x; i < row_work * static_cast<uint32_t>(num_rows); i += kRowThreads) {
     const int64_t row = begin + i / row_work;
     const uint32_t head = i % row_work / units;
     rotate_at(params,

@@ -67,8 +67,8 @@ extern "C" __global__ void __launch_bounds__(spec.threads())
     for (int s = warp; s < num_splits; s += spec.warps()) {
       const float w = weights[s];
       if (w == 0.0f) continue;  // not written, or lost beside the others; NaN is not 0
-      const float4 y = *reinterpret_cast<const float4*>(
-          parts + s * args.num_rows * int64_t{spec.head_dim});
+      const float4 y =
+          *reinterpret_cast<const float4*>(parts + s * args.num_rows * int64_t{spec.head_dim});
       x.x = fmaf(y.x, w, x.x);
       x.y = fmaf(y.y, w, x.y);
       x.z = fmaf(y.z, w, x.z);

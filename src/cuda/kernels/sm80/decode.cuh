@@ -23,7 +23,7 @@
 
 namespace flash_attn_plus::cuda {
 
-inline constexpr int kDepth = spec.head_dim / 16;    // products of 16 columns in a row
+inline constexpr int kDepth = spec.head_dim / 16;  // products of 16 columns in a row
 inline constexpr int kScoreCols = spec.step_keys / 8;
 inline constexpr int kOutCols = spec.head_dim / 8;
 
@@ -65,18 +65,18 @@ struct RowState {
                                                 int head_k, int row, int num_rows) {
     const PackedRow packed(min_of(row, num_rows - 1), static_cast<int>(params.group_size()),
                            head_k);
-    return ScoreTransform(params, spec.softcap, batch, packed.head);
+    return ScoreTransform(params, spec.transformed && params.softcap > 0.0f, batch, packed.head);
   }
 
+  template <bool kSoftcap, bool kAlibi>
   FAP_DEVICE void apply(Fragments<1, kScoreCols>& s, int first_key) const {
     const int first = first_key + lane_id() % 4 * 2;
 #pragma unroll
     for (int n = 0; n < kScoreCols; ++n) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const float key = static_cast<float>(first + 8 * n + i % 2);
-        s[0][n][i] = transform[i / 2].operator()<spec.softcap, spec.alibi>(s[0][n][i],
-                                                                          position[i / 2] - key);
+        const float distance = position[i / 2] - static_cast<float>(first + 8 * n + i % 2);
+        s[0][n][i] = transform[i / 2].operator()<kSoftcap, kAlibi>(s[0][n][i], distance);
       }
     }
   }
@@ -104,8 +104,8 @@ FAP_DEVICE bool has_nonfinite(KeyTile tile) {
     const uint32_t words[4] = {x.x, x.y, x.z, x.w};
 #pragma unroll
     for (int word = 0; word < 4; ++word) {
-      found |= (words[word] & kExponent) == kExponent ||
-               (words[word] >> 16 & kExponent) == kExponent;
+      found |=
+          (words[word] & kExponent) == kExponent || (words[word] >> 16 & kExponent) == kExponent;
     }
   }
   return __any_sync(0xFFFFFFFFu, found);
@@ -172,9 +172,9 @@ FAP_DEVICE void write_rows(const DecodeArgs& args, const Sequence& sequence, int
     return shared + static_cast<uint32_t>(((s * spec.tile_m + row) * spec.merge_row() + col) * 4);
   };
   const auto part_at = [&](int s, int row) {
-    return shared + static_cast<uint32_t>((spec.streams * spec.tile_m * spec.merge_row() +
-                                           (s * spec.tile_m + row) * 2) *
-                                          4);
+    return shared +
+           static_cast<uint32_t>(
+               (spec.streams * spec.tile_m * spec.merge_row() + (s * spec.tile_m + row) * 2) * 4);
   };
   softmax.finish();
   __syncthreads();
@@ -217,7 +217,7 @@ FAP_DEVICE void write_rows(const DecodeArgs& args, const Sequence& sequence, int
       x.z = fmaf(__uint_as_float(y.z), weight, x.z);
       x.w = fmaf(__uint_as_float(y.w), weight, x.w);
     }
-    if constexpr (spec.split) {
+    if (args.num_splits > 1) {
       const int64_t rows_a_head = params.seqlen_q * group_size;
       const int64_t index = split * args.num_rows +
                             (batch * params.num_heads_k + head_k) * rows_a_head + tile_row + row;
@@ -257,15 +257,15 @@ extern "C" __global__ void __launch_bounds__(spec.threads(), spec.min_blocks)
   const int64_t batch = block % static_cast<uint32_t>(params.batch);
   const int split = static_cast<int>(block / static_cast<uint32_t>(params.batch));
 
-  if constexpr (!spec.split) fill_unused_rows(params);
+  if (args.num_splits == 1) fill_unused_rows(params);
   const Sequence sequence = sequence_at(params, batch);
   const int num_rows = static_cast<int>(sequence.seqlen_q) * group_size;
   if (tile_row >= num_rows) return;
   const Mask mask = sequence.mask(params);
   const Range queries = {tile_row / group_size,
                          (min_of(tile_row + spec.tile_m, num_rows) - 1) / group_size + 1};
-  Range keys = mask.any_visible_keys(queries);
-  if constexpr (spec.split) keys = split_range(keys, static_cast<int>(args.num_splits), split);
+  const Range keys =
+      split_range(mask.any_visible_keys(queries), static_cast<int>(args.num_splits), split);
   const Range unmasked = mask.all_visible_keys(queries);
   const int begin = static_cast<int>(keys.begin), end = static_cast<int>(keys.end);
 
@@ -273,8 +273,7 @@ extern "C" __global__ void __launch_bounds__(spec.threads(), spec.min_blocks)
   const int warp = warp_id(), lane = lane_id();
   const int stream = warp / spec.row_warps();
   const int thread = static_cast<int>(threadIdx.x) % (spec.row_warps() * 32);  // in the stream
-  const uint32_t ring =
-      shared + spec.query_bytes() + stream * spec.stages * 2 * spec.tile_bytes();
+  const uint32_t ring = shared + spec.query_bytes() + stream * spec.stages * 2 * spec.tile_bytes();
   const auto k_tile = [&](int stage) { return KeyTile{ring + stage * 2 * spec.tile_bytes()}; };
   const auto v_tile = [&](int stage) {
     return KeyTile{ring + (stage * 2 + 1) * spec.tile_bytes()};
@@ -341,7 +340,13 @@ extern "C" __global__ void __launch_bounds__(spec.threads(), spec.min_blocks)
         mma<spec.dtype>(s[0][n + 1], a, b[2], b[3]);
       }
     }
-    rows.apply(s, key);
+    if constexpr (!spec.transformed) {
+      rows.apply<false, false>(s, key);
+    } else if (params.softcap > 0.0f) {
+      rows.apply<true, true>(s, key);
+    } else {
+      rows.apply<false, true>(s, key);
+    }
     const bool masked =
         key < unmasked.begin || key + spec.step_keys > min_of(unmasked.end, keys.end);
     if (masked) rows.mask(s, key);

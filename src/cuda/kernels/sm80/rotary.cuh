@@ -29,13 +29,12 @@ FAP_DEVICE void copy_unused_rows(const RotaryParams& params) {
   for (int64_t row = begin + blockIdx.x; row < params.total_rows; row += gridDim.x) {
     for (uint32_t i = threadIdx.x; i < num_heads * units; i += kRowThreads) {
       const uint32_t head = i / units;
-      copy_unit<spec.dtype, spec.width()>(static_cast<const RowNumber*>(params.x.data) +
-                                              row * params.x.row_stride +
-                                              head * params.x.head_stride,
-                                          static_cast<RowNumber*>(params.out.data) +
-                                              row * params.out.row_stride +
-                                              head * params.out.head_stride,
-                                          i % units);
+      copy_unit<spec.dtype, spec.width()>(
+          static_cast<const RowNumber*>(params.x.data) + row * params.x.row_stride +
+              head * params.x.head_stride,
+          static_cast<RowNumber*>(params.out.data) + row * params.out.row_stride +
+              head * params.out.head_stride,
+          i % units);
     }
   }
 }
@@ -60,8 +59,7 @@ extern "C" __global__ void __launch_bounds__(kRowThreads)
   const uint32_t units = row_units(spec.width(), params.rotary_dim, params.head_dim);
   const uint32_t row_work = units * static_cast<uint32_t>(params.num_heads);
   const int64_t position = first_position(params, batch) + begin;
-  for (uint32_t i = threadIdx.x; i < row_work * static_cast<uint32_t>(num_rows);
-       i += kRowThreads) {
+  for (uint32_t i = threadIdx.x; i < row_work * static_cast<uint32_t>(num_rows); i += kRowThreads) {
     const uint32_t row = i / row_work;
     const uint32_t head = i % row_work / units;
     const int64_t at = first + begin + row;

@@ -1,0 +1,170 @@
+#include "cuda/plan/decode.h"
+
+#include <algorithm>
+#include <limits>
+
+#include "attention/split.h"
+#include "cuda/plan/kind.h"
+
+namespace flash_attn_plus::cuda {
+namespace {
+
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// What of a call decides its kernel.
+struct Kind {
+  DType dtype;
+  int head_dim;  // of the tile
+  Access access;
+  bool paged;
+  bool transformed;
+  int64_t rows;  // packed query rows of a key head
+};
+
+int64_t packed_rows(const ForwardParams& params) { return params.seqlen_q * params.group_size(); }
+
+Kind kind_of(const ForwardParams& params) {
+  Kind kind;
+  kind.dtype = params.dtype;
+  kind.head_dim = tile_head_dim(params.head_dim);
+  kind.access = common_access(params.head_dim, {&params.q, &params.k, &params.v, &params.out});
+  kind.paged = params.block_table != nullptr;
+  kind.transformed = params.softcap > 0 || params.alibi_slopes != nullptr;
+  kind.rows = packed_rows(params);
+  return kind;
+}
+
+// Streams of keys and their buffers: two blocks of threads a multiprocessor, so that one reads
+// while the other starts or ends, if that leaves each stream three steps; else one block, of fewer
+// streams where shared memory is small.
+DecodeSpec choose(const Kind& kind, const DeviceProperties& device) {
+  constexpr int kMaxStages = 8, kReserved = 1024;  // bytes that a block takes beside its own
+  DecodeSpec spec;
+  spec.dtype = kind.dtype;
+  spec.head_dim = kind.head_dim;
+  spec.access = kind.access;
+  spec.paged = kind.paged;
+  // Kinds that are rare share a kernel that can do more.
+  spec.transformed = kind.transformed || kind.access != Access::kWhole;
+  spec.tile_m = kind.access == Access::kElement || kind.rows <= 16 ? 16 : kind.rows <= 32 ? 32 : 64;
+  spec.step_keys = kind.head_dim <= 64 ? 32 : 16;
+  for (spec.streams = 64 / spec.tile_m; spec.streams >= 1; spec.streams /= 2) {
+    for (spec.min_blocks = 2; spec.min_blocks >= 1; --spec.min_blocks) {
+      const int shared = std::min(device.max_shared_per_block,
+                                  device.shared_per_multiprocessor / spec.min_blocks - kReserved);
+      const int stage = spec.streams * 2 * spec.tile_bytes();
+      spec.stages = std::clamp((shared - spec.query_bytes()) / stage, 0, kMaxStages);
+      const int wanted = spec.min_blocks == 2 ? 3 : 2;
+      if (spec.stages >= wanted && spec.shared_bytes() <= shared) return spec;
+    }
+  }
+  // Not reached on a GPU that is served: the smallest takes less than 64 kB.
+  spec.streams = spec.min_blocks = 1;
+  spec.stages = 2;
+  return spec;
+}
+
+// Keys that the queries of one sequence can see at most.
+int64_t most_visible_keys(const ForwardParams& params) {
+  if (params.window_left < 0 || params.window_right < 0) return params.seqlen_k;
+  return std::min(params.seqlen_k, params.seqlen_q + params.window_left + params.window_right);
+}
+
+size_t padded(size_t bytes) { return (bytes + 255) / 256 * 256; }
+
+}  // namespace
+
+void DecodePlan::set_workspace(void* workspace) {
+  const size_t rows = static_cast<size_t>(args.num_rows) * args.num_splits;
+  args.partial_out = static_cast<float*>(workspace);
+  args.partial_rows = reinterpret_cast<PartialRow*>(
+      static_cast<char*>(workspace) + padded(rows * static_cast<size_t>(spec.head_dim) * 4));
+}
+
+DecodePlan plan_decode_with(const DecodeSpec& spec, const ForwardParams& params,
+                            const DeviceProperties& device) {
+  DecodePlan plan;
+  plan.spec = spec;
+  plan.args.params = params;
+  // Without a page there is no key, whatever the table says.
+  if (params.block_table != nullptr && params.num_pages == 0) plan.args.params.seqlen_k = 0;
+  const int64_t rows = packed_rows(params);
+  const int64_t row_tiles = ceil_div(rows, spec.tile_m);
+  const int64_t items = params.batch * params.num_heads_k * row_tiles;
+  const int64_t units = int64_t{device.num_multiprocessors} * spec.min_blocks;
+  const int num_splits = params.num_splits > 0
+                             ? std::min(params.num_splits, kMaxSplits)
+                             : plan_splits(items, most_visible_keys(params), units);
+  plan.args.num_row_tiles = static_cast<uint32_t>(row_tiles);
+  plan.args.num_splits = static_cast<uint32_t>(num_splits);
+  plan.args.num_rows = params.batch * params.num_heads_k * rows;
+  plan.shape = {items * num_splits, spec.threads(), spec.shared_bytes()};
+  plan.combine_spec.dtype = spec.dtype;
+  plan.combine_spec.head_dim = spec.head_dim;
+  plan.combine_spec.access = spec.access;
+  if (num_splits > 1) {
+    plan.combine_shape = {plan.args.num_rows, plan.combine_spec.threads(), 0};
+    const size_t parts = static_cast<size_t>(plan.args.num_rows) * static_cast<size_t>(num_splits);
+    plan.workspace_bytes =
+        padded(parts * static_cast<size_t>(spec.head_dim) * 4) + padded(parts * sizeof(PartialRow));
+  }
+  return plan;
+}
+
+std::optional<DecodePlan> plan_decode(const ForwardParams& params, const DeviceProperties& device) {
+  if (params.dropout_p > 0 || params.s_dmask != nullptr) return std::nullopt;
+  const int64_t rows = packed_rows(params);
+  if (params.batch == 0 || params.num_heads == 0 || rows == 0) return std::nullopt;
+  // Beyond a tile of rows the forward kernel reads keys less often, unless it would leave most of
+  // the machine idle.
+  constexpr int64_t kMaxRows = 64, kForwardTile = 128, kLongKeys = 2048;
+  const int64_t forward_blocks =
+      params.batch * params.num_heads * ceil_div(params.seqlen_q, kForwardTile);
+  const bool idle =
+      forward_blocks * 4 <= device.num_multiprocessors && most_visible_keys(params) >= kLongKeys;
+  if (rows > kMaxRows && !idle) return std::nullopt;
+  const DecodePlan plan = plan_decode_with(choose(kind_of(params), device), params, device);
+  // Positions and blocks are 32-bit numbers in the kernel.
+  constexpr int64_t kMost = std::numeric_limits<int32_t>::max() / 2;
+  if (params.seqlen_k > kMost || rows > kMost || plan.args.num_rows > kMost ||
+      plan.shape.blocks > kMost) {
+    return std::nullopt;
+  }
+  return plan;
+}
+
+std::vector<DecodeSpec> all_decode_specs(const DeviceProperties& device) {
+  std::vector<DecodeSpec> specs;
+  for (const DType dtype : {DType::kFloat16, DType::kBFloat16}) {
+    for (const int head_dim : kTileHeadDims) {
+      for (const Access access : {Access::kWhole, Access::kPadded, Access::kElement}) {
+        for (const bool paged : {false, true}) {
+          for (const bool transformed : {false, true}) {
+            for (const int64_t rows : {16, 32, 64}) {
+              const DecodeSpec spec =
+                  choose({dtype, head_dim, access, paged, transformed, rows}, device);
+              if (std::find(specs.begin(), specs.end(), spec) == specs.end()) {
+                specs.push_back(spec);
+              }
+            }
+          }
+        }
+      }
+    }
+  }
+  return specs;
+}
+
+std::vector<CombineSpec> all_combine_specs(const DeviceProperties&) {
+  std::vector<CombineSpec> specs;
+  for (const DType dtype : {DType::kFloat16, DType::kBFloat16}) {
+    for (const int head_dim : kTileHeadDims) {
+      for (const Access access : {Access::kWhole, Access::kPadded, Access::kElement}) {
+        specs.push_back({dtype, head_dim, access});
+      }
+    }
+  }
+  return specs;
+}
+
+}  // namespace flash_attn_plus::cuda
