@@ -41,5 +41,4 @@ def nvrtc_directories() -> list[Path]:
 
 def prepare() -> None:
     """Tells the core where to look for the compiler of its kernels."""
-    if hasattr(_core, "set_nvrtc_directories"):
-        _core.set_nvrtc_directories(":".join(map(str, nvrtc_directories())))
+    _core.set_nvrtc_directories(":".join(map(str, nvrtc_directories())))
