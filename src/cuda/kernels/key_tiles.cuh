@@ -24,7 +24,8 @@ struct KeyTiles<false, kAccess, kThreads, T> {
                                               row * x.row_stride + head * x.head_stride,
                                           x.row_stride, thread)) {}
 
-  FAP_DEVICE void copy_next(T tile, int thread, int head_dim, int num_valid = kAllValid) {
+  template <typename NumValid>
+  FAP_DEVICE void copy_next(T tile, int thread, int head_dim, NumValid num_valid) {
     copy_thread_rows<kAccess, kThreads>(tile, thread, head_dim, source, x.row_stride, num_valid);
     source -= T::kRows * x.row_stride;
   }
@@ -53,11 +54,16 @@ struct KeyTiles<true, kAccess, kThreads, T> {
     return first + page * x.batch_stride + (row - slot * page_size) * x.row_stride;
   }
 
-  FAP_DEVICE void copy_next(T tile, int thread, int head_dim, int num_valid = kAllValid) {
+  template <typename NumValid>
+  FAP_DEVICE void copy_next(T tile, int thread, int head_dim, NumValid num_valid) {
     gather_rows<kAccess, kThreads>(
         tile, thread, head_dim,
         // Rows beyond the last have no page.
-        [&](int r) { return row_pointer(position + min(r, num_valid - 1)); }, num_valid);
+        [&](int r) {
+          if constexpr (__is_same(NumValid, int)) r = min(r, num_valid - 1);
+          return row_pointer(position + r);
+        },
+        num_valid);
     position -= T::kRows;
   }
 };

@@ -71,17 +71,33 @@ FAP_DEVICE void transform_scores(Fragments<kM, kN>& s, const ScoreTransform& tra
   }
 }
 
+// The mask of a sequence in the arithmetic of the inner loop: 32 bits, which hold every sum below
+// because lengths are below 2^30 (the planner sees to it), and infinite sides as 2^30.
+struct KeyBounds {
+  int seqlen_k;
+  int offset;       // seqlen_k - seqlen_q
+  int left, right;  // keys visible on either side of i + offset
+
+  FAP_DEVICE explicit KeyBounds(const Mask& mask)
+      : seqlen_k(static_cast<int>(mask.seqlen_k)),
+        offset(static_cast<int>(mask.offset())),
+        left(mask.window_left < 0 ? 1 << 30 : static_cast<int>(mask.window_left)),
+        right(mask.window_right < 0 ? 1 << 30 : static_cast<int>(mask.window_right)) {}
+};
+
 // Hides the keys that a row does not see: those from seqlen_k on, and those outside the window.
 // `row` is the thread's first row and `column` the block's first.
 template <Masking kMasking, int kM, int kN>
-FAP_DEVICE void mask_scores(Fragments<kM, kN>& s, const Mask& mask, int row, int column) {
+FAP_DEVICE void mask_scores(Fragments<kM, kN>& s, const KeyBounds& bounds, int row, int column) {
   const int first = column + lane_id() % 4 * 2;
+  int diagonal = row + bounds.offset - first;
+  asm volatile("" : "+r"(diagonal));  // or the bounds of all rows would wait in registers
 #pragma unroll
   for (int slot = 0; slot < 2 * kM; ++slot) {
-    Range visible{0, mask.seqlen_k};
-    if constexpr (kMasking != Masking::kNone) visible = mask.visible_keys(row + 8 * slot);
-    const int begin = static_cast<int>(visible.begin) - first;
-    const int end = static_cast<int>(visible.end) - first;
+    int end = bounds.seqlen_k - first;
+    if constexpr (kMasking != Masking::kNone)
+      end = min(end, diagonal + 8 * slot + bounds.right + 1);
+    const int begin = diagonal + 8 * slot - bounds.left;
 #pragma unroll
     for (int n = 0; n < kN; ++n) {
 #pragma unroll

@@ -61,8 +61,16 @@ FAP_DEVICE void copy_row(T tile, int row, int first_chunk, int head_dim, const u
   }
 }
 
-// `num_valid` of rows that are all there.
-constexpr int kAllValid = 0x7FFFFFFF;
+// Numbers one at a time would take all registers if many rows of them were under way.
+template <Access kAccess, typename T>
+constexpr int rows_unrolled() {
+  return kAccess == Access::kElement ? 1 : T::kRows;
+}
+
+// Instead of a number of valid rows: all are there, and nothing is compared.
+struct AllRows {};
+FAP_DEVICE constexpr bool is_valid(int row, int num_valid) { return row < num_valid; }
+FAP_DEVICE constexpr bool is_valid(int, AllRows) { return true; }
 
 // The number that a thread copies first of a tile whose rows lie side by side, the first at
 // `source`.
@@ -72,19 +80,20 @@ FAP_DEVICE const uint16_t* thread_source(const uint16_t* source, int64_t row_str
   return source + thread / Sharing::kSide * row_stride + thread % Sharing::kSide * 8;
 }
 
-// Copies a tile whose rows lie side by side, from thread_source(); rows from `num_valid` on become
-// zeros. With 16-byte access the copies are asynchronous: commit and wait. kThreads threads take
-// part.
-template <Access kAccess, int kThreads, typename T>
+// Copies a tile whose rows lie side by side, from thread_source(); rows from `num_valid` on and
+// those before `first_valid` become zeros. With 16-byte access the copies are asynchronous: commit
+// and wait. kThreads threads take part.
+template <Access kAccess, int kThreads, typename T, typename NumValid>
 FAP_DEVICE void copy_thread_rows(T tile, int thread, int head_dim, const uint16_t* source,
-                                 int64_t row_stride, int num_valid) {
+                                 int64_t row_stride, NumValid num_valid, int first_valid = 0) {
   using Sharing = RowSharing<T, kThreads>;
   const int first_row = thread / Sharing::kSide, first_chunk = thread % Sharing::kSide;
-#pragma unroll
+#pragma unroll(rows_unrolled<kAccess, T>())
   for (int r = 0; r < T::kRows; r += Sharing::kRowsAtOnce) {
     const int row = r + first_row;
     if (T::kRows % Sharing::kRowsAtOnce != 0 && row >= T::kRows) break;
-    copy_row<kAccess, Sharing::kSide>(tile, row, first_chunk, head_dim, source, row < num_valid);
+    copy_row<kAccess, Sharing::kSide>(tile, row, first_chunk, head_dim, source,
+                                      row >= first_valid && is_valid(row, num_valid));
     // One pointer that moves on: left alone, the compiler keeps one for each row in registers.
     source += Sharing::kRowsAtOnce * row_stride;
     asm volatile("" : "+l"(source));
@@ -92,26 +101,26 @@ FAP_DEVICE void copy_thread_rows(T tile, int thread, int head_dim, const uint16_
 }
 
 // The same, `source` being the tile's first row.
-template <Access kAccess, int kThreads, typename T>
+template <Access kAccess, int kThreads, typename T, typename NumValid>
 FAP_DEVICE void copy_rows(T tile, int thread, int head_dim, const uint16_t* source,
-                          int64_t row_stride, int num_valid) {
+                          int64_t row_stride, NumValid num_valid) {
   copy_thread_rows<kAccess, kThreads>(tile, thread, head_dim,
                                       thread_source<T, kThreads>(source, row_stride, thread),
                                       row_stride, num_valid);
 }
 
 // The same from rows that lie anywhere: row r at `row_pointer(r)`.
-template <Access kAccess, int kThreads, typename T, typename RowPointer>
+template <Access kAccess, int kThreads, typename T, typename RowPointer, typename NumValid>
 FAP_DEVICE void gather_rows(T tile, int thread, int head_dim, RowPointer row_pointer,
-                            int num_valid) {
+                            NumValid num_valid) {
   using Sharing = RowSharing<T, kThreads>;
   const int first_row = thread / Sharing::kSide, first_chunk = thread % Sharing::kSide;
-#pragma unroll
+#pragma unroll(rows_unrolled<kAccess, T>())
   for (int r = 0; r < T::kRows; r += Sharing::kRowsAtOnce) {
     const int row = r + first_row;
     if (T::kRows % Sharing::kRowsAtOnce != 0 && row >= T::kRows) break;
     copy_row<kAccess, Sharing::kSide>(tile, row, first_chunk, head_dim,
-                                      row_pointer(row) + first_chunk * 8, row < num_valid);
+                                      row_pointer(row) + first_chunk * 8, is_valid(row, num_valid));
   }
 }
 

@@ -261,7 +261,7 @@ extern "C" __global__ void __launch_bounds__(spec.threads(), spec.min_blocks)
   if (first_row >= seqlen_q) return;
 
   const Mask mask = sequence.mask(params);
-  const int offset = seqlen_k - seqlen_q;
+  const KeyBounds bounds(mask);
   const KeySteps steps = plan_steps(mask, {first_row, min_of(first_row + spec.tile_m, seqlen_q)});
 
   // Shared memory: Q, then the buffers of keys, then those of values.
@@ -280,11 +280,11 @@ extern "C" __global__ void __launch_bounds__(spec.threads(), spec.min_blocks)
   using Keys = KeyTiles<spec.paged, spec.access, spec.threads(), KTile>;
   Keys keys(params, params.k, sequence, batch, head_k, thread, last_column);
   Keys values(params, params.v, sequence, batch, head_k, thread, last_column);
-  const auto load_keys = [&](int step, int num_valid = kAllValid) {
+  const auto load_keys = [&](int step, auto num_valid) {
     if (step >= steps.first) keys.copy_next(key_tile(step), thread, head_dim, num_valid);
     copy_async_commit();
   };
-  const auto load_values = [&](int step, int num_valid = kAllValid) {
+  const auto load_values = [&](int step, auto num_valid) {
     if (step >= steps.first) values.copy_next(value_tile(step), thread, head_dim, num_valid);
     copy_async_commit();
   };
@@ -324,9 +324,9 @@ extern "C" __global__ void __launch_bounds__(spec.threads(), spec.min_blocks)
   const auto weigh = [&](Scores& s, int step, bool masked) {
     const int column = step * spec.tile_n;
     if constexpr (spec.transformed()) {
-      transform_scores<spec.softcap, spec.alibi>(s, transform, thread_row + offset, column);
+      transform_scores<spec.softcap, spec.alibi>(s, transform, thread_row + bounds.offset, column);
     }
-    if (masked) mask_scores<spec.masking>(s, mask, thread_row, column);
+    if (masked) mask_scores<spec.masking>(s, bounds, thread_row, column);
     softmax.update(s, out, multiplier);
     if constexpr (spec.dropout) drop_scores(s, dropout, batch, head, warp_row, column);
   };
@@ -343,16 +343,16 @@ extern "C" __global__ void __launch_bounds__(spec.threads(), spec.min_blocks)
         products.multiply_keys(s, key_tile(step));
         copy_async_wait<0>();  // values of this step
         __syncthreads();
-        load_keys(step - 1);
+        load_keys(step - 1, AllRows{});
         weigh(s, step, masked);
         products.multiply_values(out, s, value_tile(step));
         __syncthreads();
-        load_values(step - 1);
+        load_values(step - 1, AllRows{});
       } else {
         copy_async_wait<0>();
         __syncthreads();
-        load_keys(step - 1);
-        load_values(step - 1);
+        load_keys(step - 1, AllRows{});
+        load_values(step - 1, AllRows{});
         if (step == steps.last) products.load_q();
         Scores s;
         products.multiply_keys(s, key_tile(step));
@@ -376,15 +376,15 @@ extern "C" __global__ void __launch_bounds__(spec.threads(), spec.min_blocks)
       copy_async_wait<1>();
       __syncthreads();
       products.load_q();
-      load_keys(steps.last - 1);
+      load_keys(steps.last - 1, AllRows{});
       products.multiply_keys(s, key_tile(steps.last));
     }
     const auto take_step = [&](int step, bool masked) {
       copy_async_wait<0>();
       __syncthreads();
       if (step > steps.first) {
-        load_keys(step - 2);
-        load_values(step - 1);
+        load_keys(step - 2, AllRows{});
+        load_values(step - 1, AllRows{});
       }
       Scores next;
       products.multiply_keys(next, key_tile(step - 1));
