@@ -1,0 +1,173 @@
+// The five products of a backward step on mma(), and how their results leave the registers.
+#pragma once
+
+#include "cuda/kernels/scores.cuh"
+#include "cuda/kernels/tile.cuh"
+#include "cuda/spec/backward.h"
+
+namespace flash_attn_plus::cuda {
+
+template <int kM, int kN>
+FAP_DEVICE void set_zero(Fragments<kM, kN>& x) {
+#pragma unroll
+  for (int m = 0; m < kM; ++m) {
+#pragma unroll
+    for (int n = 0; n < kN; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) x[m][n][i] = 0.0f;
+    }
+  }
+}
+
+// c += a b over a depth of kDepth. `load_a(x, m, k)` and `load_b(x, n, k)` load operands for the
+// rows from m and the columns from n on, 16 of each, at the depth from k on.
+template <DType kType, int kDepth, int kM, int kN, typename LoadA, typename LoadB>
+FAP_DEVICE void multiply_add(Fragments<kM, kN>& c, LoadA load_a, LoadB load_b) {
+  static_assert(kDepth % 16 == 0 && kN % 2 == 0);
+#pragma unroll
+  for (int k = 0; k < kDepth; k += 16) {
+    uint32_t a[kM][4];
+#pragma unroll
+    for (int m = 0; m < kM; ++m) load_a(a[m], 16 * m, k);
+#pragma unroll
+    for (int n = 0; n < kN; n += 2) {
+      uint32_t b[4];
+      load_b(b, 8 * n, k);
+#pragma unroll
+      for (int m = 0; m < kM; ++m) {
+        mma<kType>(c[m][n], a[m], b[0], b[1]);
+        mma<kType>(c[m][n + 1], a[m], b[2], b[3]);
+      }
+    }
+  }
+}
+
+// Operand a of mma() out of a transposed tile: its rows are the tile's columns col .. col + 15, the
+// depth is the tile's rows row .. row + 15.
+template <typename T>
+FAP_DEVICE void load_a_cols(uint32_t (&a)[4], T tile, int row, int col) {
+  const int lane = lane_id();
+  load_matrices_transposed(
+      a, tile.at(row, col) + (lane % 8 + lane / 16 * 8) * T::kRowBytes + lane / 8 % 2 * 16);
+}
+
+// Rounds accumulators to 16 bits and stores them from (row, col) of a tile on.
+template <DType kType, int kM, int kN, typename T>
+FAP_DEVICE void store_fragments(const Fragments<kM, kN>& x, T tile, int row, int col) {
+#pragma unroll
+  for (int m = 0; m < kM; ++m) {
+#pragma unroll
+    for (int n = 0; n < kN; n += 2) {
+      uint32_t packed[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        packed[i] = pack2<kType>(x[m][n + i / 2][i % 2 * 2], x[m][n + i / 2][i % 2 * 2 + 1]);
+      }
+#if __CUDA_ARCH__ >= 900
+      store_matrices(tile.at(row + 16 * m + lane_id() % 16, col + 8 * n + lane_id() / 16 * 8),
+                     packed);
+#else
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        store_shared(tile.at(row + 16 * m + i % 2 * 8 + lane_id() / 4,
+                             col + 8 * n + i / 2 * 8 + lane_id() % 4 * 2),
+                     packed[i]);
+      }
+#endif
+    }
+  }
+}
+
+// Adds accumulators to a block of the accumulator of dQ in memory, from row16 and col8 on.
+template <bool kVector, int kHeadDim, int kM, int kN>
+FAP_DEVICE void add_fragments(const Fragments<kM, kN>& x, float* block, int row16, int col8) {
+  float* target = block + accumulator_index(kVector, kHeadDim, row16, col8, lane_id(), 0);
+#pragma unroll
+  for (int m = 0; m < kM; ++m) {
+#pragma unroll
+    for (int n = 0; n < kN; ++n) {
+      float* fragment = target + accumulator_index(kVector, kHeadDim, m, n, 0, 0);
+#if __CUDA_ARCH__ >= 900
+      if constexpr (kVector) add_to_memory4(fragment, x[m][n]);
+#endif
+#pragma unroll
+      for (int i = 0; i < 4 && !kVector; ++i) {
+        add_to_memory(fragment + accumulator_index(kVector, kHeadDim, 0, 0, 0, i), x[m][n][i]);
+      }
+    }
+  }
+}
+
+// How threads share the rows of a tile: kSide of them side by side on a row, as many as divide its
+// chunks of 16 bytes evenly.
+template <typename T, int kThreads>
+struct Sharing {
+  static constexpr int kSide = T::kChunks % 16 == 0  ? 16
+                               : T::kChunks % 8 == 0 ? 8
+                               : T::kChunks % 4 == 0 ? 4
+                                                     : 2;
+  static constexpr int kRowsAtOnce = kThreads / kSide;
+  static_assert(T::kChunks % kSide == 0 && kThreads % kSide == 0);
+};
+
+// Reads rows [begin, end) of a tile, the tile's row 0 being at `source`. Other rows, and columns
+// from head_dim on, become zeros and are not read. Copies of 16 bytes are asynchronous: commit and
+// wait.
+template <Access kAccess, int kThreads, typename T>
+FAP_DEVICE void load_rows(T tile, int thread, int head_dim, const uint16_t* source,
+                          int64_t row_stride, int begin, int end) {
+  using Shares = Sharing<T, kThreads>;
+  const int first_row = thread / Shares::kSide, first_col = thread % Shares::kSide * 8;
+  source += first_row * row_stride + first_col;
+#pragma unroll
+  for (int r = 0; r < T::kRows; r += Shares::kRowsAtOnce) {
+    const int row = r + first_row;
+    if (T::kRows % Shares::kRowsAtOnce != 0 && row >= T::kRows) break;
+    const bool valid = begin <= row && row < end;
+#pragma unroll
+    for (int c = 0; c < T::kCols; c += 8 * Shares::kSide) {
+      const uint32_t destination = tile.at(row, first_col + c);
+      if constexpr (kAccess == Access::kElement) {
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+          const bool there = valid && first_col + c + i < head_dim;
+          store_shared(destination + 2 * i, there ? source[c + i] : uint16_t{0});
+        }
+      } else {
+        const bool there = valid && (kAccess == Access::kWhole || first_col + c < head_dim);
+        copy_async16(destination, source + c, there);
+      }
+    }
+    // One pointer that moves on: left alone, the compiler keeps one for each row in registers.
+    source += Shares::kRowsAtOnce * row_stride;
+    asm volatile("" : "+l"(source));
+  }
+}
+
+// Writes rows [0, end) of a tile, by the same threads.
+template <Access kAccess, int kThreads, typename T>
+FAP_DEVICE void store_rows(T tile, int thread, int head_dim, uint16_t* target, int64_t row_stride,
+                           int end) {
+  using Shares = Sharing<T, kThreads>;
+  const int first_col = thread % Shares::kSide * 8;
+  for (int row = thread / Shares::kSide; row < min(T::kRows, end); row += Shares::kRowsAtOnce) {
+    uint16_t* target_row = target + row * row_stride;
+#pragma unroll
+    for (int c = first_col; c < T::kCols; c += 8 * Shares::kSide) {
+      const uint4 x = load_shared16(tile.at(row, c));
+      if constexpr (kAccess == Access::kElement) {
+        const uint32_t words[4] = {x.x, x.y, x.z, x.w};
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+          if (c + i < head_dim) {
+            target_row[c + i] = static_cast<uint16_t>(words[i / 2] >> (i % 2 * 16));
+          }
+        }
+      } else if (kAccess == Access::kWhole || c < head_dim) {
+        *reinterpret_cast<uint4*>(target_row + c) = x;
+      }
+    }
+  }
+}
+
+}  // namespace flash_attn_plus::cuda

@@ -1,0 +1,105 @@
+// From the products S = Q K^T and dP = dO V^T to the probabilities P and to dS, in the accumulators
+// of mma().
+#pragma once
+
+#include "attention/dropout.h"
+#include "attention/mask.h"
+#include "cuda/kernels/scores.cuh"
+
+namespace flash_attn_plus::cuda {
+
+// P = exp(s - lse) takes the place of s, with the entries that dropout drops 0 (those kept are not
+// scaled), and dS = P (dP - D), through the softcap, that of dp. `row` and `column` are the first
+// of the warp's part, inside the sequence: multiples of 16, the column of 32 where kN allows; lse
+// (in log2) and softmax_d are those of the thread's rows.
+template <bool kSoftcap, bool kAlibi, bool kDropout, int kM, int kN>
+FAP_DEVICE void differentiate_scores(Fragments<kM, kN>& s, Fragments<kM, kN>& dp,
+                                     const float (&lse)[2 * kM], const float (&softmax_d)[2 * kM],
+                                     const ScoreTransform& transform, int offset,
+                                     const Dropout& dropout, uint32_t batch, uint32_t head, int row,
+                                     int column) {
+  constexpr int kGroup = kN % 4 == 0 ? 4 : 2;  // fragments that a block of Philox serves
+  static_assert(kN % kGroup == 0);
+  const int lane = lane_id();
+  const float first = static_cast<float>(row + lane / 4 + offset - column - lane % 4 * 2);
+#pragma unroll
+  for (int m = 0; m < kM; ++m) {
+#pragma unroll
+    for (int group = 0; group < kN; group += kGroup) {
+      PhiloxBlock numbers[2];
+      if constexpr (kDropout) {
+#pragma unroll
+        for (int side = 0; side < 2; ++side) {
+          numbers[side] = philox(
+              {{dropout_row_counter(row + 16 * m + lane / 4),
+                dropout_column_counter(column + 8 * group + lane % 4 * 2 + side), head, batch}},
+              dropout.key);
+        }
+      }
+#pragma unroll
+      for (int n = group; n < group + kGroup; ++n) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const int slot = row_slot(m, i);
+          const float distance = first + static_cast<float>(16 * m + i / 2 * 8 - 8 * n - i % 2);
+          float p, derivative = 1.0f;
+          if constexpr (kSoftcap) {
+            const float t = tanh_of(s[m][n][i] * transform.scale);
+            derivative = fmaf(-t, t, 1.0f);
+            float exponent = fmaf(t, transform.softcap, -lse[slot]);
+            if constexpr (kAlibi) exponent = fmaf(-transform.slope, fabsf(distance), exponent);
+            p = exp2_approx(exponent);
+          } else {
+            float shift = -lse[slot];
+            if constexpr (kAlibi) shift = fmaf(-transform.slope, fabsf(distance), shift);
+            p = exp2_approx(fmaf(s[m][n][i], transform.scale, shift));
+          }
+          float difference;
+          if constexpr (kDropout) {
+            // With 16 columns to a warp only one half of a block's columns is there.
+            const PhiloxBlock& block = numbers[i % 2];
+            const uint32_t word = kGroup == 4 || (column & 16) == 0 ? block.word[n - group]
+                                                                    : block.word[2 + n - group];
+            const bool kept = (i < 2 ? word & 0xFFFFu : word >> 16) < dropout.threshold;
+            difference = fmaf(kept ? dp[m][n][i] : 0.0f, dropout.scale, -softmax_d[slot]);
+            s[m][n][i] = kept ? p : 0.0f;
+          } else {
+            difference = dp[m][n][i] - softmax_d[slot];
+            s[m][n][i] = p;
+          }
+          dp[m][n][i] = kSoftcap ? p * difference * derivative : p * difference;
+        }
+      }
+    }
+  }
+}
+
+// Zeroes what a row does not see: whatever the operands were, it is 0 and not NaN. Rows outside
+// `rows` see nothing. `row` and `column` are the first of the warp's part.
+template <int kM, int kN>
+FAP_DEVICE void hide_entries(Fragments<kM, kN>& p, Fragments<kM, kN>& ds, const Mask& mask,
+                             Range rows, int row, int column) {
+  const int lane = lane_id();
+  const int first = column + lane % 4 * 2;
+#pragma unroll
+  for (int slot = 0; slot < 2 * kM; ++slot) {
+    const int query = row + lane / 4 + 8 * slot;
+    const Range visible = mask.visible_keys(query);
+    const bool sees = rows.begin <= query && query < rows.end;
+    const int begin = static_cast<int>(visible.begin) - first;
+    const int end = sees ? static_cast<int>(visible.end) - first : begin;
+#pragma unroll
+    for (int n = 0; n < kN; ++n) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int j = 8 * n + i;
+        if (j < begin || j >= end) {
+          p[slot / 2][n][slot % 2 * 2 + i] = 0.0f;
+          ds[slot / 2][n][slot % 2 * 2 + i] = 0.0f;
+        }
+      }
+    }
+  }
+}
+
+}  // namespace flash_attn_plus::cuda
