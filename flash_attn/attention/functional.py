@@ -6,7 +6,6 @@ Partitioning", arXiv:2307.08691). The conventions of every number are those of `
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from flash_attn.attention import arguments, autograd

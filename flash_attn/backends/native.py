@@ -11,7 +11,7 @@ allocator on that stream, so that a call can be captured in a graph.
 from __future__ import annotations
 
 import torch
-from torch import Tensor, get_num_threads
+from torch import Tensor, empty_like, get_num_threads
 
 from flash_attn import _core
 from flash_attn.backends.interface import Options, Sequences
@@ -22,6 +22,10 @@ _current_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 # An empty tensor of each device, by index (-1 is the CPU): `new_empty` of a tensor of the right
 # dtype is the cheapest way to a new one.
 _FLOAT32 = {-1: torch.empty(0, dtype=torch.float32, device="cpu")}
+
+
+# Where a workspace would be, and its size.
+_NO_WORKSPACE = (0, 0)
 
 
 def _like_float32(q: Tensor) -> Tensor:
@@ -54,14 +58,16 @@ def _row_vector(q: Tensor, variable_length: bool) -> Tensor:
 
 def _stream(q: Tensor) -> int:
     """The current stream of the device of q; the CPU has none."""
-    index = q.get_device()
-    return 0 if index < 0 else _current_stream(index)
+    return 0 if q.is_cpu else _current_stream(q.get_device())
 
 
-def _call_with_workspace(function, q: Tensor, arguments: tuple, num_bytes: int) -> None:
-    """Repeats a call of the core that asked for so many bytes; the CPU never does."""
-    workspace = torch.empty(num_bytes, dtype=torch.uint8, device=q.device)
-    function(*arguments, workspace.data_ptr(), num_bytes)
+def _call_with_workspace(function, leading: tuple, arguments: tuple, num_bytes: int) -> None:
+    """Repeats a call of the core that asked for so many bytes; the CPU never does.
+
+    Leading are the arguments of every call, behind which the workspace belongs.
+    """
+    workspace = torch.empty(num_bytes, dtype=torch.uint8, device=leading[0].device)
+    function(*leading, workspace.data_ptr(), num_bytes, *arguments[len(leading) + 2 :])
 
 
 def forward(
@@ -77,21 +83,7 @@ def forward(
     """Attention forward; see `Backend.forward`."""
     softmax_lse = _row_vector(q, sequences is not None) if return_lse else None
     if out is None:
-        out = torch.empty_like(q)
-    if sequences is None:
-        cu_seqlens_q = cu_seqlens_k = seqused_k = leftpad_k = block_table = None
-        max_seqlen_q = max_seqlen_k = num_splits = 0
-    else:
-        (
-            cu_seqlens_q,
-            cu_seqlens_k,
-            max_seqlen_q,
-            max_seqlen_k,
-            seqused_k,
-            leftpad_k,
-            block_table,
-            num_splits,
-        ) = sequences
+        out = empty_like(q)
     (
         softmax_scale,
         causal,
@@ -109,37 +101,37 @@ def forward(
         if sequences is None:
             shape = (q.shape[0], q.shape[2], q.shape[1], k.shape[1])
         else:
-            shape = (cu_seqlens_q.shape[0] - 1, q.shape[1], max_seqlen_q, max_seqlen_k)
+            shape = (
+                sequences.cu_seqlens_q.shape[0] - 1,
+                q.shape[1],
+                sequences.max_seqlen_q,
+                sequences.max_seqlen_k,
+            )
         s_dmask = q.new_empty(shape)
-    arguments = (
+    arguments = leading = (
         q,
         k,
         v,
         out,
         softmax_lse,
-        s_dmask,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        seqused_k,
-        leftpad_k,
-        block_table,
-        alibi_slopes,
-        s_aux,
-        rng_state,
-        max_seqlen_q,
-        max_seqlen_k,
         softmax_scale,
-        softcap,
-        dropout_p,
         window_left,
         window_right,
         causal,
-        num_splits,
         get_num_threads(),
         _stream(q),
     )
+    if (
+        softcap
+        or dropout_p
+        or alibi_slopes is not None
+        or s_aux is not None
+        or sequences is not None
+    ):
+        arguments += (*_NO_WORKSPACE, softcap, alibi_slopes, s_aux, dropout_p, rng_state, s_dmask)
+        arguments += sequences or ()
     if num_bytes := _core.forward(*arguments):
-        _call_with_workspace(_core.forward, q, arguments, num_bytes)
+        _call_with_workspace(_core.forward, leading, arguments, num_bytes)
     return out, softmax_lse, s_dmask
 
 
@@ -160,35 +152,18 @@ def backward(
 ) -> Tensor:
     """Attention backward; see `Backend.backward`."""
     softmax_d = _row_vector(q, sequences is not None)
-    if sequences is None:
-        cu_seqlens_q = cu_seqlens_k = seqused_k = None
-        max_seqlen_q = max_seqlen_k = 0
-    else:
-        cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_k = sequences[:5]
-    arguments = (
+    leading = (
         dout,
         q,
         k,
         v,
         out,
         softmax_lse,
-        dsoftmax_lse,
         dq,
         dk,
         dv,
         softmax_d,
-        ds_aux,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        seqused_k,
-        options.alibi_slopes,
-        options.s_aux,
-        options.rng_state,
-        max_seqlen_q,
-        max_seqlen_k,
         options.softmax_scale,
-        options.softcap,
-        options.dropout_p,
         options.window_left,
         options.window_right,
         options.causal,
@@ -196,8 +171,21 @@ def backward(
         get_num_threads(),
         _stream(q),
     )
+    arguments = (
+        *leading,
+        *_NO_WORKSPACE,
+        options.softcap,
+        options.alibi_slopes,
+        options.s_aux,
+        ds_aux,
+        dsoftmax_lse,
+        options.dropout_p,
+        options.rng_state,
+    )
+    if sequences is not None:
+        arguments += sequences[:5]  # what a backward pass can have
     if num_bytes := _core.backward(*arguments):
-        _call_with_workspace(_core.backward, q, arguments, num_bytes)
+        _call_with_workspace(_core.backward, leading, arguments, num_bytes)
     return softmax_d
 
 
@@ -221,35 +209,39 @@ def kvcache(
     """Attention over a cache, appended to first; see `Backend.kvcache`."""
     softmax_lse = _row_vector(q, False)
     if out is None:
-        out = torch.empty_like(q)
-    arguments = (
+        out = empty_like(q)
+    leading = (
         q,
         k_cache,
         v_cache,
-        k,
-        v,
         out,
         softmax_lse,
-        rotary_cos,
-        rotary_sin,
-        cache_seqlens,
-        cache_batch_idx,
-        cache_leftpad,
-        block_table,
-        options.alibi_slopes,
-        options.s_aux,
         options.softmax_scale,
-        options.softcap,
         options.window_left,
         options.window_right,
         options.causal,
-        rotary_interleaved,
-        num_splits,
         get_num_threads(),
         _stream(q),
     )
+    arguments = (
+        *leading,
+        *_NO_WORKSPACE,
+        cache_seqlens,
+        k,
+        v,
+        cache_batch_idx,
+        cache_leftpad,
+        block_table,
+        rotary_cos,
+        rotary_sin,
+        rotary_interleaved,
+        options.softcap,
+        options.alibi_slopes,
+        options.s_aux,
+        num_splits,
+    )
     if num_bytes := _core.kvcache(*arguments):
-        _call_with_workspace(_core.kvcache, q, arguments, num_bytes)
+        _call_with_workspace(_core.kvcache, leading, arguments, num_bytes)
     return out, softmax_lse
 
 
@@ -267,22 +259,20 @@ def rotary(
 ) -> Tensor:
     """Rotary position embedding; see `Backend.rotary`."""
     if out is None:
-        out = torch.empty_like(x)
+        out = empty_like(x)
     by_sequence = isinstance(seqlen_offsets, Tensor)
-    arguments = (
+    _core.rotary(
         x,
         out,
         cos,
         sin,
-        seqlen_offsets if by_sequence else None,
-        cu_seqlens,
         0 if by_sequence else seqlen_offsets,
-        max_seqlen or 0,
         interleaved,
         conjugate,
         get_num_threads(),
         _stream(x),
+        seqlen_offsets if by_sequence else None,
+        cu_seqlens,
+        max_seqlen or 0,
     )
-    if num_bytes := _core.rotary(*arguments):
-        _call_with_workspace(_core.rotary, x, arguments, num_bytes)
     return out

@@ -6,7 +6,7 @@
  *
  * Every argument struct begins with its own size, so that fields can be added at its end: set
  * `size = sizeof(struct)` and everything that is not used to zero (`struct x args = {sizeof
- * args}`).
+ * args}`). First come the fields that every call sets.
  *
  * Every function returns a fap_status. On failure nothing has been computed or written, and
  * fap_last_error() gives the reason (per thread). No function throws, prints, or keeps state
@@ -82,28 +82,28 @@ typedef struct fap_forward_args {
   const fap_tensor* v;           /* as k */
   const fap_tensor* out;         /* as q */
   const fap_tensor* softmax_lse; /* (b, h, sq) or (h, tq), fp32, or NULL */
-  const fap_tensor* s_dmask; /* (b, h, >= sq, >= sk), dtype of q; needs dropout_p > 0; or NULL */
-  const fap_tensor* cu_seqlens_q; /* (b + 1), int32, or NULL */
-  const fap_tensor* cu_seqlens_k; /* (b + 1), int32, or NULL; with block_table: lengths only */
-  const fap_tensor* seqused_k;    /* (b), int32: keys used of each sequence, or NULL */
-  const fap_tensor* leftpad_k;    /* (b), int32: first valid key of each sequence, or NULL */
-  const fap_tensor* block_table;  /* (b, max pages per sequence), int32, or NULL */
-  const fap_tensor* alibi_slopes; /* (h) or (b, h), fp32, or NULL */
-  const fap_tensor* s_aux;        /* (h), fp32: attention sinks, or NULL */
-  const fap_tensor* rng_state;    /* (2), int64: seed and offset; needed when dropout_p > 0 */
-  int64_t max_seqlen_q;           /* variable length only */
-  int64_t max_seqlen_k;           /* variable length only */
   double softmax_scale;
-  double softcap;       /* 0: off */
-  double dropout_p;     /* in [0, 1) */
   int64_t window_left;  /* negative: infinite */
   int64_t window_right; /* negative: infinite; causal makes it 0 at most */
   int32_t causal;
-  int32_t num_splits;    /* parts into which the keys are split; 0: chosen */
-  int32_t num_threads;   /* CPU: at most so many threads; 0: as many as there are cores */
-  void* stream;          /* CUDA: the stream (CUstream) to launch on */
-  void* workspace;       /* CUDA: see above, or NULL */
-  size_t workspace_size; /* its bytes */
+  int32_t num_threads;            /* CPU: at most so many threads; 0: as many as there are cores */
+  void* stream;                   /* CUDA: the stream (CUstream) to launch on */
+  void* workspace;                /* CUDA: see above, or NULL */
+  size_t workspace_size;          /* its bytes */
+  double softcap;                 /* 0: off */
+  const fap_tensor* alibi_slopes; /* (h) or (b, h), fp32, or NULL */
+  const fap_tensor* s_aux;        /* (h), fp32: attention sinks, or NULL */
+  double dropout_p;               /* in [0, 1) */
+  const fap_tensor* rng_state;    /* (2), int64: seed and offset; needed when dropout_p > 0 */
+  const fap_tensor* s_dmask; /* (b, h, >= sq, >= sk), dtype of q; needs dropout_p > 0; or NULL */
+  const fap_tensor* cu_seqlens_q; /* (b + 1), int32, or NULL */
+  const fap_tensor* cu_seqlens_k; /* (b + 1), int32, or NULL; with block_table: lengths only */
+  int64_t max_seqlen_q;           /* variable length only */
+  int64_t max_seqlen_k;           /* variable length only */
+  const fap_tensor* seqused_k;    /* (b), int32: keys used of each sequence, or NULL */
+  const fap_tensor* leftpad_k;    /* (b), int32: first valid key of each sequence, or NULL */
+  const fap_tensor* block_table;  /* (b, max pages per sequence), int32, or NULL */
+  int32_t num_splits;             /* parts into which the keys are split; 0: chosen */
 } fap_forward_args;
 
 /* Attention backward. dq, dk and dv are written whole; nothing is accumulated into them. */
@@ -115,23 +115,11 @@ typedef struct fap_backward_args {
   const fap_tensor* v;
   const fap_tensor* out;
   const fap_tensor* softmax_lse;
-  const fap_tensor* dsoftmax_lse; /* gradient of softmax_lse, as softmax_lse, or NULL for zero */
-  const fap_tensor* dq;           /* as q */
-  const fap_tensor* dk;           /* as k */
-  const fap_tensor* dv;           /* as k */
-  const fap_tensor* softmax_d;    /* out: row sums of dout * out - dsoftmax_lse; as softmax_lse */
-  const fap_tensor* ds_aux;       /* out: gradient of s_aux, (h), fp32; given iff s_aux is */
-  const fap_tensor* cu_seqlens_q;
-  const fap_tensor* cu_seqlens_k;
-  const fap_tensor* seqused_k;
-  const fap_tensor* alibi_slopes;
-  const fap_tensor* s_aux;
-  const fap_tensor* rng_state;
-  int64_t max_seqlen_q;
-  int64_t max_seqlen_k;
+  const fap_tensor* dq;        /* as q */
+  const fap_tensor* dk;        /* as k */
+  const fap_tensor* dv;        /* as k */
+  const fap_tensor* softmax_d; /* out: row sums of dout * out - dsoftmax_lse; as softmax_lse */
   double softmax_scale;
-  double softcap;
-  double dropout_p;
   int64_t window_left;
   int64_t window_right;
   int32_t causal;
@@ -140,55 +128,67 @@ typedef struct fap_backward_args {
   void* stream;
   void* workspace;
   size_t workspace_size;
+  double softcap;
+  const fap_tensor* alibi_slopes;
+  const fap_tensor* s_aux;
+  const fap_tensor* ds_aux;       /* out: gradient of s_aux, (h), fp32; given iff s_aux is */
+  const fap_tensor* dsoftmax_lse; /* gradient of softmax_lse, as softmax_lse, or NULL for zero */
+  double dropout_p;
+  const fap_tensor* rng_state;
+  const fap_tensor* cu_seqlens_q;
+  const fap_tensor* cu_seqlens_k;
+  int64_t max_seqlen_q;
+  int64_t max_seqlen_k;
+  const fap_tensor* seqused_k;
 } fap_backward_args;
 
 /* Attention over a cache, which k and v, when given, are appended to first (in place). */
 typedef struct fap_kvcache_args {
   size_t size;
-  const fap_tensor* q;               /* (b, sq, h, d) */
-  const fap_tensor* k_cache;         /* (bc, sk, hk, d) or (pages, page_size, hk, d) */
-  const fap_tensor* v_cache;         /* as k_cache */
-  const fap_tensor* k;               /* (b, snew, hk, d), or NULL */
-  const fap_tensor* v;               /* as k */
-  const fap_tensor* out;             /* as q */
-  const fap_tensor* softmax_lse;     /* (b, h, sq), fp32, or NULL */
-  const fap_tensor* rotary_cos;      /* (>= sk, rotary_dim / 2), dtype of q, or NULL */
-  const fap_tensor* rotary_sin;      /* as rotary_cos */
-  const fap_tensor* cache_seqlens;   /* (b), int32: valid keys before appending, or NULL: all */
-  const fap_tensor* cache_batch_idx; /* (b), int32: row of the cache of each sequence, or NULL */
-  const fap_tensor* cache_leftpad;   /* (b), int32: first valid key, or NULL */
-  const fap_tensor* block_table;     /* (b, max pages per sequence), int32, or NULL */
-  const fap_tensor* alibi_slopes;
-  const fap_tensor* s_aux;
+  const fap_tensor* q;           /* (b, sq, h, d) */
+  const fap_tensor* k_cache;     /* (bc, sk, hk, d) or (pages, page_size, hk, d) */
+  const fap_tensor* v_cache;     /* as k_cache */
+  const fap_tensor* out;         /* as q */
+  const fap_tensor* softmax_lse; /* (b, h, sq), fp32, or NULL */
   double softmax_scale;
-  double softcap;
   int64_t window_left;
   int64_t window_right;
   int32_t causal;
-  int32_t rotary_interleaved; /* 1: pairs (2i, 2i+1), GPT-J; 0: pairs (i, i + rotary_dim/2), NeoX */
-  int32_t num_splits;
   int32_t num_threads;
   void* stream;
   void* workspace;
   size_t workspace_size;
+  const fap_tensor* cache_seqlens;   /* (b), int32: valid keys before appending, or NULL: all */
+  const fap_tensor* k;               /* (b, snew, hk, d), or NULL */
+  const fap_tensor* v;               /* as k */
+  const fap_tensor* cache_batch_idx; /* (b), int32: row of the cache of each sequence, or NULL */
+  const fap_tensor* cache_leftpad;   /* (b), int32: first valid key, or NULL */
+  const fap_tensor* block_table;     /* (b, max pages per sequence), int32, or NULL */
+  const fap_tensor* rotary_cos;      /* (>= sk, rotary_dim / 2), dtype of q, or NULL */
+  const fap_tensor* rotary_sin;      /* as rotary_cos */
+  int32_t rotary_interleaved; /* 1: pairs (2i, 2i+1), GPT-J; 0: pairs (i, i + rotary_dim/2), NeoX */
+  double softcap;
+  const fap_tensor* alibi_slopes;
+  const fap_tensor* s_aux;
+  int32_t num_splits;
 } fap_kvcache_args;
 
 /* Rotary position embedding of the first 2 * cos.shape[1] elements of each row; the rest is copied.
  */
 typedef struct fap_rotary_args {
   size_t size;
-  const fap_tensor* x;              /* (b, s, h, d), or (t, h, d) with cu_seqlens */
-  const fap_tensor* out;            /* as x; may be x itself */
-  const fap_tensor* cos;            /* (max position, rotary_dim / 2), dtype of x or fp32 */
-  const fap_tensor* sin;            /* as cos */
-  const fap_tensor* seqlen_offsets; /* (b), int32 or int64: position of each first row, or NULL */
-  const fap_tensor* cu_seqlens;     /* (b + 1), int32, or NULL */
-  int64_t seqlen_offset;            /* position of the first row when seqlen_offsets is NULL */
-  int64_t max_seqlen;               /* with cu_seqlens */
+  const fap_tensor* x;   /* (b, s, h, d), or (t, h, d) with cu_seqlens */
+  const fap_tensor* out; /* as x; may be x itself */
+  const fap_tensor* cos; /* (max position, rotary_dim / 2), dtype of x or fp32 */
+  const fap_tensor* sin; /* as cos */
+  int64_t seqlen_offset; /* position of the first row when seqlen_offsets is NULL */
   int32_t interleaved;
   int32_t conjugate; /* rotate by the negative angle: the gradient */
   int32_t num_threads;
   void* stream;
+  const fap_tensor* seqlen_offsets; /* (b), int32 or int64: position of each first row, or NULL */
+  const fap_tensor* cu_seqlens;     /* (b + 1), int32, or NULL */
+  int64_t max_seqlen;               /* with cu_seqlens */
 } fap_rotary_args;
 
 FAP_API fap_status fap_forward(const fap_forward_args* args);

@@ -18,14 +18,15 @@ namespace {
 using tvm::ffi::AnyView;
 using tvm::ffi::TensorView;
 
-// One argument, which becomes whatever type the field that it initialises has.
+// One argument, which becomes whatever type the field that it initialises has. Zero when `value` is
+// null.
 class Field {
  public:
-  Field(const char* operation, int index, AnyView value, fap_tensor& storage)
+  Field(const char* operation, size_t index, const TVMFFIAny* value, fap_tensor& storage)
       : operation_(operation), index_(index), value_(value), storage_(storage) {}
 
   operator const fap_tensor*() const {  // NOLINT: implicit
-    if (value_ == nullptr) return nullptr;
+    if (value_ == nullptr || value_->type_index == TVMFFITypeIndex::kTVMFFINone) return nullptr;
     const TensorView view = get<TensorView>("a tensor or None");
     storage_ = {view.data_ptr(),
                 {static_cast<int32_t>(view.device().device_type), view.device().device_id},
@@ -36,25 +37,28 @@ class Field {
                 view.byte_offset()};
     return &storage_;
   }
-  operator double() const { return get<double>("a number"); }                             // NOLINT
-  operator int64_t() const { return get<int64_t>("an integer"); }                         // NOLINT
-  operator int32_t() const { return static_cast<int32_t>(get<int64_t>("an integer")); }   // NOLINT
-  operator size_t() const { return static_cast<size_t>(get<int64_t>("an integer")); }     // NOLINT
-  operator void*() const { return reinterpret_cast<void*>(get<int64_t>("an integer")); }  // NOLINT
+  operator double() const { return value_ == nullptr ? 0.0 : get<double>("a number"); }  // NOLINT
+  operator int64_t() const { return integer(); }                                         // NOLINT
+  operator int32_t() const { return static_cast<int32_t>(integer()); }                   // NOLINT
+  operator size_t() const { return static_cast<size_t>(integer()); }                     // NOLINT
+  operator void*() const { return reinterpret_cast<void*>(integer()); }                  // NOLINT
 
  private:
+  int64_t integer() const { return value_ == nullptr ? 0 : get<int64_t>("an integer"); }
+
   template <typename T>
   T get(const char* expected) const {
-    if (const std::optional<T> value = value_.try_cast<T>()) return *value;
+    const AnyView view = AnyView::CopyFromTVMFFIAny(*value_);
+    if (const std::optional<T> value = view.try_cast<T>()) return *value;
     throw tvm::ffi::Error("TypeError",
                           std::string(operation_) + ": argument " + std::to_string(index_) +
-                              " must be " + expected + ", but is " + value_.GetTypeKey(),
+                              " must be " + expected + ", but is " + view.GetTypeKey(),
                           "");
   }
 
   const char* operation_;
-  int index_;
-  AnyView value_;
+  size_t index_;
+  const TVMFFIAny* value_;
   fap_tensor& storage_;
 };
 
@@ -77,18 +81,12 @@ constexpr size_t count_fields() {
   }
 }
 
-// The fields at the end that a call may leave out, which are then zero.
-template <typename Args>
-constexpr size_t kNumOptional = requires(Args args) { args.workspace; } ? 2 : 0;
-
 template <typename Args, size_t... I>
 fap_status call(const char* operation, fap_status (*function)(const Args*), const TVMFFIAny* values,
                 size_t num_values, std::index_sequence<I...>) {
-  const auto value = [&](size_t index) {
-    return index < num_values ? AnyView::CopyFromTVMFFIAny(values[index]) : AnyView(int64_t{0});
-  };
   fap_tensor storage[sizeof...(I)];
-  const Args args{sizeof(Args), Field(operation, static_cast<int>(I), value(I), storage[I])...};
+  const Args args{sizeof(Args),
+                  Field(operation, I, I < num_values ? &values[I] : nullptr, storage[I])...};
   return function(&args);
 }
 
@@ -96,13 +94,11 @@ template <typename Args>
 int64_t invoke(const char* operation, fap_status (*function)(const Args*), const TVMFFIAny* values,
                int32_t num_values) {
   constexpr size_t kNumFields = count_fields<Args>();
-  constexpr size_t kNumRequired = kNumFields - kNumOptional<Args>;
   const size_t given = static_cast<size_t>(num_values);
-  if (given != kNumRequired && given != kNumFields) {
+  if (given > kNumFields) {
     throw tvm::ffi::Error("TypeError",
-                          std::string(operation) + " takes " + std::to_string(kNumRequired) +
-                              " arguments (" + std::to_string(kNumFields) +
-                              " with all optional ones), but got " + std::to_string(num_values),
+                          std::string(operation) + " takes at most " + std::to_string(kNumFields) +
+                              " arguments, but got " + std::to_string(given),
                           "");
   }
   const fap_status status =

@@ -3,29 +3,31 @@
 from flash_attn import _core
 
 FORWARD = (
-    *("q", "k", "v", "out", "softmax_lse", "s_dmask", "cu_seqlens_q", "cu_seqlens_k"),
-    *("seqused_k", "leftpad_k", "block_table", "alibi_slopes", "s_aux", "rng_state"),
-    *("max_seqlen_q", "max_seqlen_k", "softmax_scale", "softcap", "dropout_p"),
-    *("window_left", "window_right", "causal", "num_splits", "num_threads", "stream"),
+    *("q", "k", "v", "out", "softmax_lse", "softmax_scale", "window_left", "window_right"),
+    *("causal", "num_threads", "stream", "workspace", "workspace_size", "softcap"),
+    *("alibi_slopes", "s_aux", "dropout_p", "rng_state", "s_dmask", "cu_seqlens_q"),
+    *("cu_seqlens_k", "max_seqlen_q", "max_seqlen_k", "seqused_k", "leftpad_k", "block_table"),
+    *("num_splits",),
 )
 
 BACKWARD = (
-    *("dout", "q", "k", "v", "out", "softmax_lse", "dsoftmax_lse", "dq", "dk", "dv"),
-    *("softmax_d", "ds_aux", "cu_seqlens_q", "cu_seqlens_k", "seqused_k", "alibi_slopes", "s_aux"),
-    *("rng_state", "max_seqlen_q", "max_seqlen_k", "softmax_scale", "softcap", "dropout_p"),
-    *("window_left", "window_right", "causal", "deterministic", "num_threads", "stream"),
+    *("dout", "q", "k", "v", "out", "softmax_lse", "dq", "dk", "dv", "softmax_d"),
+    *("softmax_scale", "window_left", "window_right", "causal", "deterministic", "num_threads"),
+    *("stream", "workspace", "workspace_size", "softcap", "alibi_slopes", "s_aux", "ds_aux"),
+    *("dsoftmax_lse", "dropout_p", "rng_state", "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q"),
+    *("max_seqlen_k", "seqused_k"),
 )
 
 KVCACHE = (
-    *("q", "k_cache", "v_cache", "k", "v", "out", "softmax_lse", "rotary_cos", "rotary_sin"),
-    *("cache_seqlens", "cache_batch_idx", "cache_leftpad", "block_table", "alibi_slopes", "s_aux"),
-    *("softmax_scale", "softcap", "window_left", "window_right", "causal", "rotary_interleaved"),
-    *("num_splits", "num_threads", "stream"),
+    *("q", "k_cache", "v_cache", "out", "softmax_lse", "softmax_scale", "window_left"),
+    *("window_right", "causal", "num_threads", "stream", "workspace", "workspace_size"),
+    *("cache_seqlens", "k", "v", "cache_batch_idx", "cache_leftpad", "block_table", "rotary_cos"),
+    *("rotary_sin", "rotary_interleaved", "softcap", "alibi_slopes", "s_aux", "num_splits"),
 )
 
 ROTARY = (
-    *("x", "out", "cos", "sin", "seqlen_offsets", "cu_seqlens", "seqlen_offset", "max_seqlen"),
-    *("interleaved", "conjugate", "num_threads", "stream"),
+    *("x", "out", "cos", "sin", "seqlen_offset", "interleaved", "conjugate", "num_threads"),
+    *("stream", "seqlen_offsets", "cu_seqlens", "max_seqlen"),
 )
 
 NUMBERS = {
@@ -42,6 +44,8 @@ NUMBERS = {
     "num_splits": 0,
     "num_threads": 2,
     "stream": 0,
+    "workspace": 0,
+    "workspace_size": 0,
     "seqlen_offset": 0,
     "max_seqlen": 0,
     "interleaved": 0,

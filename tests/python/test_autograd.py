@@ -7,6 +7,7 @@ the same to the last bit unless a comment says why not.
 import contextlib
 
 import pytest
+import raw
 import reference
 import torch
 import torch._dynamo.testing
@@ -244,7 +245,8 @@ def test_deterministic_setting_reaches_the_backend(monkeypatch):
 
     asked = []
     backward = native._core.backward
-    monkeypatch.setattr(native._core, "backward", lambda *a: asked.append(a[-3]) or backward(*a))
+    index = raw.BACKWARD.index("deterministic")
+    monkeypatch.setattr(native._core, "backward", lambda *a: asked.append(a[index]) or backward(*a))
     inputs = inputs_of(dense)
     run(dense, inputs)
     run(dense, inputs, deterministic=True)
