@@ -3,8 +3,9 @@
 #include <limits>
 
 #include "attention/error.h"
-#include "cuda/runtime/compile.h"
 #include "cuda/runtime/driver.h"
+#include "cuda/runtime/image.h"
+#include "cuda/runtime/log.h"
 
 namespace flash_attn_plus::cuda {
 namespace {
@@ -59,9 +60,7 @@ Kernel load(const std::string& image, const KernelSource& source, const DevicePr
 }  // namespace
 
 Kernel load_kernel(const KernelSource& source, const DeviceProperties& device) {
-  const Nvrtc& compiler = nvrtc();
-  const Target target = target_for(device.arch, compiler.architectures);
-  return load(compile(compiler, make_program(source), target).image, source, device);
+  return load(image_for(source, device.arch).compilation.image, source, device);
 }
 
 void launch(const Kernel& kernel, const LaunchShape& shape, void* stream, const void* args) {
@@ -69,6 +68,11 @@ void launch(const Kernel& kernel, const LaunchShape& shape, void* stream, const 
   if (shape.blocks < 0 || shape.blocks > std::numeric_limits<int32_t>::max()) {
     fail("the call needs ", shape.blocks,
          " blocks of threads, more than a launch can have (2^31 - 1): ", kernel.name);
+  }
+  if (logging()) {
+    log("launch " + kernel.name + ": " + std::to_string(shape.blocks) + " blocks of " +
+        std::to_string(shape.threads) + " threads, " + std::to_string(shape.shared_bytes) +
+        " bytes of shared memory");
   }
   const Driver& cuda = driver();
   void* arguments[] = {const_cast<void*>(args)};

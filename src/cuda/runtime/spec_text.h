@@ -60,14 +60,13 @@ std::string text_of(E value) {
 // "ForwardSpec{.head_dim = 128, .masking = Masking::kCausal}"
 template <typename Spec>
 std::string to_text(const Spec& spec) {
-  std::string text(spec_text::name_of_type<Spec>());
-  const char* separator = "{";
+  std::string text = std::string(spec_text::name_of_type<Spec>()) + "{";
+  const char* separator = ".";
   spec.visit([&](const char* name, auto value) {
     text += separator;
-    text += ".";
     text += name;
     text += " = " + spec_text::text_of(value);
-    separator = ", ";
+    separator = ", .";
   });
   return text + "}";
 }
