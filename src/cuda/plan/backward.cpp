@@ -192,6 +192,7 @@ BackwardPlan plan_backward(const BackwardParams& params, const DeviceProperties&
 
   args.num_key_blocks = checked_blocks(ceil_div(params.seqlen_k, main.tile_n));
   args.num_pairs = checked_blocks(params.batch * params.num_heads_k);
+  args.group_size = static_cast<uint32_t>(params.group_size());
   // Pairs whose Q, dO and float32 dQ fill half of the L2 cache.
   const int64_t pair_bytes = 8 * params.seqlen_q * params.head_dim * params.group_size();
   args.pairs_per_group = static_cast<uint32_t>(std::clamp<int64_t>(

@@ -144,6 +144,7 @@ struct BackwardArgs {
   // first to the last (the heaviest under a causal mask first), in those the pairs.
   uint32_t num_key_blocks = 0;  // of the longest sequence
   uint32_t num_pairs = 0;
+  uint32_t group_size = 1;  // query heads of a key head
   uint32_t pairs_per_group = 1;
 
   // Prepare: blocks of rows of every head, then those that look for keys of no sequence.

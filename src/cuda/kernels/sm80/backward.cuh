@@ -125,7 +125,7 @@ struct KeyBlock {
     return {seqlen_q, seqlen_k, params.window_left, params.window_right};
   }
   FAP_DEVICE int head(Step step) const {
-    return head_k * static_cast<int>(params.group_size()) + step.head;
+    return head_k * static_cast<int>(args.group_size) + step.head;
   }
   FAP_DEVICE bool sees(int query) const { return queries_begin <= query && query < queries_end; }
   FAP_DEVICE bool needs_mask(Step step) const {
@@ -254,7 +254,7 @@ extern "C" __global__ void __launch_bounds__(spec.threads(), spec.min_blocks)
   const int last_block =
       uniform(static_cast<int>((queries.end + spec.tile_m - 1) / spec.tile_m) - 1);
   const int num_steps =
-      queries.empty() ? 0 : (last_block - first_block + 1) * static_cast<int>(params.group_size());
+      queries.empty() ? 0 : (last_block - first_block + 1) * static_cast<int>(args.group_size);
 
   const int warp = warp_id();
   const int score_row = warp / kScoreWarpsN * (16 * kScoreM);
@@ -311,58 +311,48 @@ extern "C" __global__ void __launch_bounds__(spec.threads(), spec.min_blocks)
     const QTile q = shared.q(step.number), dout = shared.dout(step.number);
     {
       Fragments<kScoreM, kScoreN> s, dp;
+      const int lane = read_lane();
       set_zero(s);
-      multiply_add<spec.dtype, spec.head_dim>(
-          s, [&](auto& a, int m, int k) { load_a(a, q, score_row + m, k); },
-          [&](auto& b, int n, int k) { load_b_rows(b, shared.k(), score_col + n, k); });
+      multiply_add<spec.dtype, spec.head_dim>(s, RowsOfA<QTile>(q, score_row, 0, lane),
+                                              RowsOfB<KTile>(shared.k(), score_col, 0, lane));
       set_zero(dp);
-      multiply_add<spec.dtype, spec.head_dim>(
-          dp, [&](auto& a, int m, int k) { load_a(a, dout, score_row + m, k); },
-          [&](auto& b, int n, int k) { load_b_rows(b, shared.v(), score_col + n, k); });
+      multiply_add<spec.dtype, spec.head_dim>(dp, RowsOfA<QTile>(dout, score_row, 0, lane),
+                                              RowsOfB<KTile>(shared.v(), score_col, 0, lane));
 
-      float lse[2 * kScoreM], softmax_d[2 * kScoreM];
-#pragma unroll
-      for (int slot = 0; slot < 2 * kScoreM; ++slot) {
-        const uint32_t row = score_row + 8 * slot + lane_id() / 4;
-        const uint32_t address = shared.rows(step.number) + row * 4;
-        lse[slot] = __uint_as_float(load_shared4(address));
-        softmax_d[slot] = __uint_as_float(load_shared4(address + spec.tile_m * 4));
-      }
       const uint32_t head = static_cast<uint32_t>(block.head(step));
       const ScoreTransform transform(params, spec.softcap, batch, head);
       const int row = step.block * spec.tile_m + score_row, column = first_key + score_col;
-      differentiate_scores<spec.softcap, spec.alibi, spec.dropout>(
-          s, dp, lse, softmax_d, transform, block.seqlen_k - block.seqlen_q, dropout, batch, head,
-          row, column);
+      differentiate_scores<spec.softcap, spec.alibi, spec.dropout, spec.tile_m>(
+          s, dp, shared.rows(step.number) + score_row * 4, transform,
+          block.seqlen_k - block.seqlen_q, dropout, batch, head, row, column, lane);
       if (block.needs_mask(step)) {
         hide_entries(s, dp, block.mask(), {block.queries_begin, block.queries_end}, row, column);
       }
-      store_fragments<spec.dtype>(s, shared.p(), score_row, score_col);
-      store_fragments<spec.dtype>(dp, shared.ds(), score_row, score_col);
+      store_fragments<spec.dtype>(s, shared.p(), score_row, score_col, lane);
+      store_fragments<spec.dtype>(dp, shared.ds(), score_row, score_col, lane);
     }
     if (has_next) block.store_row_values(row_values, next.number);
     if constexpr (spec.deterministic) block.wait_for_turn(step);
     __syncthreads();
 
+    const int lane = read_lane();
     const auto add_dv = [&] {
-      multiply_add<spec.dtype, spec.tile_m>(
-          dv, [&](auto& a, int n, int k) { load_a_cols(a, shared.p(), k, key_row + n); },
-          [&](auto& b, int d, int k) { load_b_cols(b, dout, k, key_col + d); });
+      multiply_add<spec.dtype, spec.tile_m>(dv, ColumnsOfA<ScoreTile>(shared.p(), 0, key_row, lane),
+                                            ColumnsOfB<QTile>(dout, 0, key_col, lane));
     };
     const auto add_dk = [&] {
-      multiply_add<spec.dtype, spec.tile_m>(
-          dk, [&](auto& a, int n, int k) { load_a_cols(a, shared.ds(), k, key_row + n); },
-          [&](auto& b, int d, int k) { load_b_cols(b, q, k, key_col + d); });
+      multiply_add<spec.dtype, spec.tile_m>(dk,
+                                            ColumnsOfA<ScoreTile>(shared.ds(), 0, key_row, lane),
+                                            ColumnsOfB<QTile>(q, 0, key_col, lane));
     };
     const auto add_dq = [&] {
       Fragments<kQueryM, kQueryD> dq;
       set_zero(dq);
-      multiply_add<spec.dtype, spec.tile_n>(
-          dq, [&](auto& a, int m, int k) { load_a(a, shared.ds(), query_row + m, k); },
-          [&](auto& b, int d, int k) { load_b_cols(b, shared.k(), k, query_col + d); });
+      multiply_add<spec.dtype, spec.tile_n>(dq, RowsOfA<ScoreTile>(shared.ds(), query_row, 0, lane),
+                                            ColumnsOfB<KTile>(shared.k(), 0, query_col, lane));
       add_fragments<spec.vector_add, spec.head_dim>(
           dq, args.accumulator + block.accumulator_block(step) * (spec.tile_m * spec.head_dim),
-          query_row / 16, query_col / 8);
+          query_row / 16, query_col / 8, lane);
     };
     // A tile with one buffer is loaded again as soon as nobody reads it any more, under the
     // products that are left.
@@ -396,7 +386,7 @@ extern "C" __global__ void __launch_bounds__(spec.threads(), spec.min_blocks)
   __syncthreads();
   if constexpr (spec.deterministic) {
     if (num_steps > 0) {
-      block.pass_turn({static_cast<int>(params.group_size()) - 1, first_block, 0});
+      block.pass_turn({static_cast<int>(args.group_size) - 1, first_block, 0});
     }
   }
   const auto scale = [](Fragments<kKeyN, kKeyD>& x, float factor) {
@@ -411,8 +401,8 @@ extern "C" __global__ void __launch_bounds__(spec.threads(), spec.min_blocks)
   };
   scale(dk, params.softmax_scale);
   if constexpr (spec.dropout) scale(dv, dropout.scale);
-  store_fragments<spec.dtype>(dk, shared.k(), key_row, key_col);
-  store_fragments<spec.dtype>(dv, shared.v(), key_row, key_col);
+  store_fragments<spec.dtype>(dk, shared.k(), key_row, key_col, lane_id());
+  store_fragments<spec.dtype>(dv, shared.v(), key_row, key_col, lane_id());
   __syncthreads();
   block.store_keys(params.dk, shared.k(), rows_here);
   block.store_keys(params.dv, shared.v(), rows_here);

@@ -19,41 +19,77 @@ FAP_DEVICE void set_zero(Fragments<kM, kN>& x) {
   }
 }
 
-// c += a b over a depth of kDepth. `load_a(x, m, k)` and `load_b(x, n, k)` load operands for the
-// rows from m and the columns from n on, 16 of each, at the depth from k on.
-template <DType kType, int kDepth, int kM, int kN, typename LoadA, typename LoadB>
-FAP_DEVICE void multiply_add(Fragments<kM, kN>& c, LoadA load_a, LoadB load_b) {
+// Reads operands of mma() from a tile, for a warp whose part begins at (row, col): `outer` counts
+// the rows of an operand a, or the columns of a b, and `depth` what is summed over. kTransposed:
+// depth runs along the tile's rows.
+//
+// One address and constants to be added. It is meant to live for one product: left alone, the
+// compiler computes the addresses of all products once for all steps, and spills them. So `lane`
+// comes from read_lane().
+template <typename T, bool kIsA, bool kTransposed>
+struct OperandReader {
+  uint32_t address;
+
+  FAP_DEVICE OperandReader(T tile, int row, int col, int lane) {
+    // The order of the four 8x8 matrices in registers is rows first for an operand a and depth
+    // first for the two of a b.
+    address = kIsA == kTransposed ? tile.at(row + lane % 8 + lane / 16 * 8, col + lane / 8 % 2 * 8)
+                                  : tile.at(row + lane % 16, col + lane / 16 * 8);
+  }
+  FAP_DEVICE void load(uint32_t (&x)[4], int outer, int depth) const {
+    if constexpr (kTransposed) {
+      load_matrices_transposed(x, address + depth * T::kRowBytes + outer * 2);
+    } else {
+      load_matrices(x, address + outer * T::kRowBytes + depth * 2);
+    }
+  }
+};
+template <typename T>
+using RowsOfA = OperandReader<T, true, false>;
+template <typename T>
+using ColumnsOfA = OperandReader<T, true, true>;
+template <typename T>
+using RowsOfB = OperandReader<T, false, false>;
+template <typename T>
+using ColumnsOfB = OperandReader<T, false, true>;
+
+// lane_id(), read again every time.
+FAP_DEVICE int read_lane() {
+  int lane;
+  asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
+  return lane;
+}
+
+// c += a b over a depth of kDepth.
+template <DType kType, int kDepth, int kM, int kN, typename A, typename B>
+FAP_DEVICE void multiply_add(Fragments<kM, kN>& c, const A& a, const B& b) {
   static_assert(kDepth % 16 == 0 && kN % 2 == 0);
 #pragma unroll
   for (int k = 0; k < kDepth; k += 16) {
-    uint32_t a[kM][4];
+    uint32_t x[kM][4];
 #pragma unroll
-    for (int m = 0; m < kM; ++m) load_a(a[m], 16 * m, k);
+    for (int m = 0; m < kM; ++m) a.load(x[m], 16 * m, k);
 #pragma unroll
     for (int n = 0; n < kN; n += 2) {
-      uint32_t b[4];
-      load_b(b, 8 * n, k);
+      uint32_t y[4];
+      b.load(y, 8 * n, k);
 #pragma unroll
       for (int m = 0; m < kM; ++m) {
-        mma<kType>(c[m][n], a[m], b[0], b[1]);
-        mma<kType>(c[m][n + 1], a[m], b[2], b[3]);
+        mma<kType>(c[m][n], x[m], y[0], y[1]);
+        mma<kType>(c[m][n + 1], x[m], y[2], y[3]);
       }
     }
   }
 }
 
-// Operand a of mma() out of a transposed tile: its rows are the tile's columns col .. col + 15, the
-// depth is the tile's rows row .. row + 15.
-template <typename T>
-FAP_DEVICE void load_a_cols(uint32_t (&a)[4], T tile, int row, int col) {
-  const int lane = lane_id();
-  load_matrices_transposed(
-      a, tile.at(row, col) + (lane % 8 + lane / 16 * 8) * T::kRowBytes + lane / 8 % 2 * 16);
-}
-
 // Rounds accumulators to 16 bits and stores them from (row, col) of a tile on.
 template <DType kType, int kM, int kN, typename T>
-FAP_DEVICE void store_fragments(const Fragments<kM, kN>& x, T tile, int row, int col) {
+FAP_DEVICE void store_fragments(const Fragments<kM, kN>& x, T tile, int row, int col, int lane) {
+#if __CUDA_ARCH__ >= 900
+  const uint32_t address = tile.at(row + lane % 16, col + lane / 16 * 8);
+#else
+  const uint32_t address = tile.at(row + lane / 4, col + lane % 4 * 2);
+#endif
 #pragma unroll
   for (int m = 0; m < kM; ++m) {
 #pragma unroll
@@ -64,13 +100,11 @@ FAP_DEVICE void store_fragments(const Fragments<kM, kN>& x, T tile, int row, int
         packed[i] = pack2<kType>(x[m][n + i / 2][i % 2 * 2], x[m][n + i / 2][i % 2 * 2 + 1]);
       }
 #if __CUDA_ARCH__ >= 900
-      store_matrices(tile.at(row + 16 * m + lane_id() % 16, col + 8 * n + lane_id() / 16 * 8),
-                     packed);
+      store_matrices(address + 16 * m * T::kRowBytes + 8 * n * 2, packed);
 #else
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        store_shared(tile.at(row + 16 * m + i % 2 * 8 + lane_id() / 4,
-                             col + 8 * n + i / 2 * 8 + lane_id() % 4 * 2),
+        store_shared(address + (16 * m + i % 2 * 8) * T::kRowBytes + (8 * n + i / 2 * 8) * 2,
                      packed[i]);
       }
 #endif
@@ -80,8 +114,9 @@ FAP_DEVICE void store_fragments(const Fragments<kM, kN>& x, T tile, int row, int
 
 // Adds accumulators to a block of the accumulator of dQ in memory, from row16 and col8 on.
 template <bool kVector, int kHeadDim, int kM, int kN>
-FAP_DEVICE void add_fragments(const Fragments<kM, kN>& x, float* block, int row16, int col8) {
-  float* target = block + accumulator_index(kVector, kHeadDim, row16, col8, lane_id(), 0);
+FAP_DEVICE void add_fragments(const Fragments<kM, kN>& x, float* block, int row16, int col8,
+                              int lane) {
+  float* target = block + accumulator_index(kVector, kHeadDim, row16, col8, lane, 0);
 #pragma unroll
   for (int m = 0; m < kM; ++m) {
 #pragma unroll

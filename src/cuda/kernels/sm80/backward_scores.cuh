@@ -10,22 +10,30 @@ namespace flash_attn_plus::cuda {
 
 // P = exp(s - lse) takes the place of s, with the entries that dropout drops 0 (those kept are not
 // scaled), and dS = P (dP - D), through the softcap, that of dp. `row` and `column` are the first
-// of the warp's part, inside the sequence: multiples of 16, the column of 32 where kN allows; lse
-// (in log2) and softmax_d are those of the thread's rows.
-template <bool kSoftcap, bool kAlibi, bool kDropout, int kM, int kN>
+// of the warp's part, inside the sequence: multiples of 16, the column of 32 where kN allows. In
+// shared memory, at `row_values`, lie the log-sum-exps (in log2) of the warp's rows and, kTileM
+// floats on, their D.
+template <bool kSoftcap, bool kAlibi, bool kDropout, int kTileM, int kM, int kN>
 FAP_DEVICE void differentiate_scores(Fragments<kM, kN>& s, Fragments<kM, kN>& dp,
-                                     const float (&lse)[2 * kM], const float (&softmax_d)[2 * kM],
-                                     const ScoreTransform& transform, int offset,
-                                     const Dropout& dropout, uint32_t batch, uint32_t head, int row,
-                                     int column) {
+                                     uint32_t row_values, const ScoreTransform& transform,
+                                     int offset, const Dropout& dropout, uint32_t batch,
+                                     uint32_t head, int row, int column, int lane) {
   constexpr int kGroup = kN % 4 == 0 ? 4 : 2;  // fragments that a block of Philox serves
   static_assert(kN % kGroup == 0);
-  const int lane = lane_id();
-  const float first = static_cast<float>(row + lane / 4 + offset - column - lane % 4 * 2);
 #pragma unroll
   for (int m = 0; m < kM; ++m) {
+    float lse[2], softmax_d[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const uint32_t address = row_values + (16 * m + 8 * half + lane / 4) * 4;
+      lse[half] = __uint_as_float(load_shared4(address));
+      softmax_d[half] = __uint_as_float(load_shared4(address + kTileM * 4));
+    }
 #pragma unroll
     for (int group = 0; group < kN; group += kGroup) {
+      float first = static_cast<float>(row + 16 * m + lane / 4 + offset - column - lane % 4 * 2);
+      // The distances of all entries at once would fill the registers.
+      if constexpr (kAlibi) asm volatile("" : "+f"(first));
       PhiloxBlock numbers[2];
       if constexpr (kDropout) {
 #pragma unroll
@@ -40,17 +48,16 @@ FAP_DEVICE void differentiate_scores(Fragments<kM, kN>& s, Fragments<kM, kN>& dp
       for (int n = group; n < group + kGroup; ++n) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          const int slot = row_slot(m, i);
-          const float distance = first + static_cast<float>(16 * m + i / 2 * 8 - 8 * n - i % 2);
+          const float distance = first + static_cast<float>(i / 2 * 8 - 8 * n - i % 2);
           float p, derivative = 1.0f;
           if constexpr (kSoftcap) {
             const float t = tanh_of(s[m][n][i] * transform.scale);
             derivative = fmaf(-t, t, 1.0f);
-            float exponent = fmaf(t, transform.softcap, -lse[slot]);
+            float exponent = fmaf(t, transform.softcap, -lse[i / 2]);
             if constexpr (kAlibi) exponent = fmaf(-transform.slope, fabsf(distance), exponent);
             p = exp2_approx(exponent);
           } else {
-            float shift = -lse[slot];
+            float shift = -lse[i / 2];
             if constexpr (kAlibi) shift = fmaf(-transform.slope, fabsf(distance), shift);
             p = exp2_approx(fmaf(s[m][n][i], transform.scale, shift));
           }
@@ -61,10 +68,10 @@ FAP_DEVICE void differentiate_scores(Fragments<kM, kN>& s, Fragments<kM, kN>& dp
             const uint32_t word = kGroup == 4 || (column & 16) == 0 ? block.word[n - group]
                                                                     : block.word[2 + n - group];
             const bool kept = (i < 2 ? word & 0xFFFFu : word >> 16) < dropout.threshold;
-            difference = fmaf(kept ? dp[m][n][i] : 0.0f, dropout.scale, -softmax_d[slot]);
+            difference = fmaf(kept ? dp[m][n][i] : 0.0f, dropout.scale, -softmax_d[i / 2]);
             s[m][n][i] = kept ? p : 0.0f;
           } else {
-            difference = dp[m][n][i] - softmax_d[slot];
+            difference = dp[m][n][i] - softmax_d[i / 2];
             s[m][n][i] = p;
           }
           dp[m][n][i] = kSoftcap ? p * difference * derivative : p * difference;
