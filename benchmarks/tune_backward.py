@@ -5,7 +5,7 @@ flash backend (both without their forward passes and without autograd), in TFLOP
 entries. Hidden size 2048, 16,384 tokens in all.
 
   python benchmarks/tune_backward.py
-  python benchmarks/tune_backward.py --head-dim 128 --seqlen 1024 --tiles 64,64,4,2,1,2 64,128,8,2,2,1
+  python benchmarks/tune_backward.py --head-dim 128 --tiles 64,64,4,2,1,2 64,128,8,2,2,1
   python benchmarks/tune_backward.py --head-dim 64 --tiles chosen --deterministic
 
 Tiles are tile_m,tile_n,num_warps,q_stages,do_stages,min_blocks, or "chosen" for what the planner
@@ -13,17 +13,19 @@ takes.
 """
 
 import argparse
+import functools
 import math
 import os
 import pathlib
 import statistics
 import sys
 
+import torch
+
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+os.environ["FLASH_ATTENTION_USE_FLAGGEMS"] = "FALSE"
 
-import torch  # noqa: E402
-
-from flash_attn.flash_attn_interface import _flash_attn_backward  # noqa: E402
+from flash_attn.flash_attn_interface import _flash_attn_backward
 
 VARIABLE = "FLASH_ATTN_PLUS_BACKWARD_TILES"
 VARIANTS = {
@@ -141,7 +143,7 @@ def main():
                 peer = seconds(problem.flash, calls)
                 for tiles in variants:
                     select(tiles)
-                    own = seconds(lambda: problem.ours(args.deterministic), calls)
+                    own = seconds(functools.partial(problem.ours, args.deterministic), calls)
                     samples[tiles].append((problem.flops / own / 1e12, peer / own))
             for tiles in variants:
                 speed, ratio = (statistics.median(x) for x in zip(*samples[tiles], strict=True))
