@@ -60,7 +60,7 @@ struct KeyTiles<true, kAccess, kThreads, T> {
         tile, thread, head_dim,
         // Rows beyond the last have no page.
         [&](int r) {
-          if constexpr (__is_same(NumValid, int)) r = min(r, num_valid - 1);
+          if constexpr (requires { num_valid - 1; }) r = min(r, num_valid - 1);
           return row_pointer(position + r);
         },
         num_valid);
