@@ -332,33 +332,28 @@ extern "C" __global__ void __launch_bounds__(spec.threads(), spec.min_blocks)
   };
 
   if constexpr (!spec.ahead) {
-    // The order of copies is K, V, K, V, ...; with one buffer each, a tile's successor is loaded
-    // when every warp has done with it, with two at the start of the step before.
+    // With one buffer each, a tile is loaded when every warp has done with the one before it:
+    // values under the first product, the next keys under the softmax and the second. With two,
+    // both are loaded a step ahead.
     const auto take_step = [&](int step, bool masked) {
+      copy_async_wait<0>();  // keys of this step; with two buffers, values too
+      __syncthreads();
       if constexpr (spec.stages == 1) {
-        copy_async_wait<1>();  // keys of this step
-        __syncthreads();
-        if (step == steps.last) products.load_q();
-        Scores s;
-        products.multiply_keys(s, key_tile(step));
+        if (step != steps.last) load_values(step, AllRows{});
+      } else {
+        load_keys(step - 1, AllRows{});
+        load_values(step - 1, AllRows{});
+      }
+      if (step == steps.last) products.load_q();
+      Scores s;
+      products.multiply_keys(s, key_tile(step));
+      if constexpr (spec.stages == 1) {
         copy_async_wait<0>();  // values of this step
         __syncthreads();
         load_keys(step - 1, AllRows{});
-        weigh(s, step, masked);
-        products.multiply_values(out, s, value_tile(step));
-        __syncthreads();
-        load_values(step - 1, AllRows{});
-      } else {
-        copy_async_wait<0>();
-        __syncthreads();
-        load_keys(step - 1, AllRows{});
-        load_values(step - 1, AllRows{});
-        if (step == steps.last) products.load_q();
-        Scores s;
-        products.multiply_keys(s, key_tile(step));
-        weigh(s, step, masked);
-        products.multiply_values(out, s, value_tile(step));
       }
+      weigh(s, step, masked);
+      products.multiply_values(out, s, value_tile(step));
     };
     int step = steps.last;
 #pragma unroll 1
