@@ -15,13 +15,22 @@ import torch
 
 import flash_attn
 
+# Where tensors are made unless said otherwise: pytest's option --device.
+DEVICE = torch.get_default_device()
+
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
-DTYPES = (FP32, BF16, FP16)
+DTYPES = (FP32, BF16, FP16) if DEVICE.type == "cpu" else (BF16, FP16)
+DTYPE = DTYPES[0]  # where one will do
 DTYPE_NAMES = {FP32: "fp32", BF16: "bf16", FP16: "fp16"}
 
 
 def dtype_id(dtype):
     return DTYPE_NAMES[dtype]
+
+
+def new_generator(seed):
+    """Of random numbers on the device."""
+    return torch.Generator(DEVICE).manual_seed(seed)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -95,16 +104,16 @@ def assert_attention_close(actual, function, tensors, what="", *, lse_dtype=FP32
 # Inputs
 
 
-def dense(*shape, dtype=FP32):
+def dense(*shape, dtype=DTYPE):
     return torch.randn(*shape).to(dtype)
 
 
-def transposed(batch, length, heads, head_dim, dtype=FP32):
+def transposed(batch, length, heads, head_dim, dtype=DTYPE):
     """(b, s, h, d) as a view of (b, h, s, d)."""
     return torch.randn(batch, heads, length, head_dim).to(dtype).transpose(1, 2)
 
 
-def sliced(batch, length, heads, head_dim, dtype=FP32):
+def sliced(batch, length, heads, head_dim, dtype=DTYPE):
     """(b, s, h, d) out of the middle of something larger in every dimension; NaN around it."""
     whole = torch.full((batch + 2, length + 3, heads + 1, head_dim + 16), math.nan, dtype=dtype)
     view = whole[1 : batch + 1, 2 : length + 2, 1:, 8 : head_dim + 8]
@@ -112,12 +121,12 @@ def sliced(batch, length, heads, head_dim, dtype=FP32):
     return view
 
 
-def expanded(batch, length, heads, head_dim, dtype=FP32):
+def expanded(batch, length, heads, head_dim, dtype=DTYPE):
     """(b, s, h, d) with stride 0 over the batch and the heads."""
     return torch.randn(1, length, 1, head_dim).to(dtype).expand(batch, length, heads, head_dim)
 
 
-def interleaved(batch, length, heads, head_dim, dtype=FP32):
+def interleaved(batch, length, heads, head_dim, dtype=DTYPE):
     """(b, s, h, d) as every third row of a packed tensor, like a part of qkv."""
     return torch.randn(batch, length, 3, heads, head_dim).to(dtype)[:, :, 1]
 
@@ -141,7 +150,7 @@ class Case:
     heads: int = 4
     heads_k: int = 4
     head_dim: int = 64
-    dtype: torch.dtype = FP32
+    dtype: torch.dtype = DTYPE
     causal: bool = False
     window_size: tuple = (-1, -1)
     softcap: float = 0.0

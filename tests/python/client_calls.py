@@ -2,12 +2,12 @@
 
 import reference
 import torch
-from checks import FP32, assert_close
+from checks import DTYPE, assert_close
 
 BATCH, HEADS, HEADS_K, HEAD_DIM = 2, 4, 2, 32
 
 
-def qkv(sq=19, sk=None, heads_k=HEADS_K, dtype=FP32, batch=BATCH):
+def qkv(sq=19, sk=None, heads_k=HEADS_K, dtype=DTYPE, batch=BATCH):
     sk = sq if sk is None else sk
     q = torch.randn(batch, sq, HEADS, HEAD_DIM)
     k, v = (torch.randn(batch, sk, heads_k, HEAD_DIM) for _ in range(2))

@@ -1,4 +1,8 @@
-"""Every test starts from the same seed and runs on few threads; `checks.py` has the comparisons."""
+"""Every test starts from the same seed and runs on few threads; `checks.py` has the comparisons.
+
+pytest tests/python                  on the CPU
+pytest tests/python --device cuda    the same tests with tensors on the GPU, float32 left out
+"""
 
 import os
 import sys
@@ -13,6 +17,33 @@ sys.path.insert(0, str(Path(__file__).parent))  # the reference, checks.py and o
 # test_determinism.py varies it.
 NUM_THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2
 torch.set_num_threads(NUM_THREADS)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--device", default="cpu", help="where tensors are made: cpu or cuda")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "cpu: a test of the CPU backend, or of no device at all")
+    device = config.getoption("--device")
+    if device != "cpu":
+        torch.set_default_device(device)
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--device") == "cpu":
+        return
+    kept = [item for item in items if not _is_for_the_cpu(item)]
+    config.hook.pytest_deselected(items=[item for item in items if _is_for_the_cpu(item)])
+    items[:] = kept
+
+
+def _is_for_the_cpu(item):
+    """Native kernels of GPUs know 16-bit numbers only."""
+    parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()
+    return item.get_closest_marker("cpu") is not None or any(
+        getattr(value, "dtype", value) in (torch.float32, torch.float64) for value in parameters
+    )
 
 
 @pytest.fixture(autouse=True)

@@ -2,7 +2,7 @@
 
 import reference
 import torch
-from checks import FP32, assert_close
+from checks import DTYPE, assert_close
 
 DIM, HEADS, HEAD_DIM = 128, 4, 32
 
@@ -13,7 +13,7 @@ def check_attention(out, q, k, v, **options):
     assert_close(out, expected, naive, "out")
 
 
-def qkv(batch=2, seqlen=23, heads=HEADS, dtype=FP32):
+def qkv(batch=2, seqlen=23, heads=HEADS, dtype=DTYPE):
     return torch.randn(batch, seqlen, 3, heads, HEAD_DIM).to(dtype)
 
 

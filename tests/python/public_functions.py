@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch._dynamo.testing
+from checks import DTYPE
 
 import flash_attn
 
@@ -14,7 +15,7 @@ def int32(*values):
 
 
 def randn(*shape, grad=True):
-    return torch.randn(*shape, requires_grad=grad)
+    return torch.randn(*shape).to(DTYPE).requires_grad_(grad)
 
 
 def leaves(tensors):
@@ -27,9 +28,9 @@ def leaves(tensors):
 
 def qkv():
     return [
-        torch.randn(BATCH, SQ, HEADS, HEAD_DIM),
-        torch.randn(BATCH, SK, HEADS_K, HEAD_DIM),
-        torch.randn(BATCH, SK, HEADS_K, HEAD_DIM),
+        randn(BATCH, SQ, HEADS, HEAD_DIM, grad=False),
+        randn(BATCH, SK, HEADS_K, HEAD_DIM, grad=False),
+        randn(BATCH, SK, HEADS_K, HEAD_DIM, grad=False),
     ]
 
 
@@ -69,13 +70,16 @@ def inputs_of(function):
     tensors = {
         dense: lambda: qkv(),
         kvpacked: lambda: [
-            torch.randn(BATCH, SQ, *heads),
-            torch.randn(BATCH, SK, 2, HEADS_K, HEAD_DIM),
+            randn(BATCH, SQ, *heads, grad=False),
+            randn(BATCH, SK, 2, HEADS_K, HEAD_DIM, grad=False),
         ],
-        qkvpacked: lambda: [torch.randn(BATCH, SQ, 3, *heads)],
+        qkvpacked: lambda: [randn(BATCH, SQ, 3, *heads, grad=False)],
         varlen: lambda: [x[0] for x in qkv()],
-        varlen_kvpacked: lambda: [torch.randn(SQ, *heads), torch.randn(SQ, 2, HEADS_K, HEAD_DIM)],
-        varlen_qkvpacked: lambda: [torch.randn(SQ, 3, *heads)],
+        varlen_kvpacked: lambda: [
+            randn(SQ, *heads, grad=False),
+            randn(SQ, 2, HEADS_K, HEAD_DIM, grad=False),
+        ],
+        varlen_qkvpacked: lambda: [randn(SQ, 3, *heads, grad=False)],
     }[function]()
     return [*tensors, torch.randn(HEADS)]
 
@@ -108,10 +112,10 @@ class KVCache:
     """Arguments of flash_attn_with_kvcache: two of four rows of a cache, and two new keys."""
 
     def __init__(self, seqlens=None):
-        self.q = torch.randn(2, 2, HEADS, HEAD_DIM)
-        self.caches = [torch.randn(4, 12, HEADS_K, HEAD_DIM) for _ in range(2)]
-        self.new = [torch.randn(2, 2, HEADS_K, HEAD_DIM) for _ in range(2)]
-        self.tables = [torch.randn(12, 8) for _ in range(2)]
+        self.q = randn(2, 2, HEADS, HEAD_DIM, grad=False)
+        self.caches = [randn(4, 12, HEADS_K, HEAD_DIM, grad=False) for _ in range(2)]
+        self.new = [randn(2, 2, HEADS_K, HEAD_DIM, grad=False) for _ in range(2)]
+        self.tables = [randn(12, 8, grad=False) for _ in range(2)]
         self.seqlens = int32(6, 3) if seqlens is None else seqlens
 
     def call(self, function=flash_attn.flash_attn_with_kvcache):

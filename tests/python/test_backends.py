@@ -14,6 +14,8 @@ from flash_attn import backends
 from flash_attn.backends import backend_for, cuda, explain, native, set_backend, use_backend
 from flash_attn.backends.interface import Backend
 
+pytestmark = pytest.mark.cpu
+
 GPU = torch.device("cuda", 1)
 
 

@@ -9,6 +9,8 @@ from flash_attn.__main__ import main
 from flash_attn.cli import cases, machine, plot, timing
 from flash_attn.cli.cases import Case, Features, Inputs
 
+pytestmark = pytest.mark.cpu
+
 CPU = torch.device("cpu")
 
 

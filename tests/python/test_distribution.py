@@ -11,6 +11,8 @@ from packaging.version import Version
 
 import flash_attn
 
+pytestmark = pytest.mark.cpu
+
 VERSIONS = {
     "transformers": ">=2.3.3",
     "diffusers": ">=2.6.3",

@@ -6,6 +6,8 @@ import sys
 
 import pytest
 
+pytestmark = pytest.mark.cpu
+
 
 def run_python(code, **environment):
     return subprocess.run(

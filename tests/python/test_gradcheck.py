@@ -11,6 +11,8 @@ from torch.autograd import gradcheck
 
 import flash_attn
 
+pytestmark = pytest.mark.cpu
+
 STEP, TOLERANCE = 1e-2, 4e-3
 
 FEATURES = {

@@ -10,6 +10,8 @@ import pytest
 import flash_attn
 from flash_attn import _core
 
+pytestmark = pytest.mark.cpu
+
 ROOT = Path(flash_attn.__file__).parent.parent
 
 

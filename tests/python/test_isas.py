@@ -14,6 +14,8 @@ from checks import DTYPES, Case, check_backward, check_forward, pairwise
 
 from flash_attn import _core
 
+pytestmark = pytest.mark.cpu
+
 ISAS = _core.cpu_isas().split(",")
 KNOWN = {"portable", "avx2", "avx512", "avx512_bf16", "amx_bf16"}
 

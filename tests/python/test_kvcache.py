@@ -11,6 +11,7 @@ import reference
 import torch
 from checks import (
     BF16,
+    DTYPE,
     DTYPE_NAMES,
     DTYPES,
     FP16,
@@ -18,6 +19,7 @@ from checks import (
     assert_attention_close,
     assert_close,
     dtype_id,
+    new_generator,
     pairwise,
 )
 
@@ -26,7 +28,7 @@ import flash_attn
 
 @dataclass(frozen=True)
 class CacheCase:
-    dtype: torch.dtype = FP32
+    dtype: torch.dtype = DTYPE
     lengths: tuple = (100, 7, 64)  # valid keys before the call
     sq: int = 1
     new: int | None = None  # keys that are appended
@@ -94,7 +96,7 @@ def make_call(case):
         options["s_aux"] = torch.randn(heads)
 
     capacity = CAPACITY
-    generator = torch.Generator().manual_seed(5)
+    generator = new_generator(5)
     if case.page_size:
         pages_each = -(-CAPACITY // case.page_size)
         capacity = pages_each * case.page_size

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.cpu
+
 MEASURE = """
 import sys, torch, flash_attn
 from pathlib import Path

@@ -4,7 +4,7 @@ import math
 
 import reference
 import torch
-from checks import DTYPES, FP32, assert_attention_close, check_gradients
+from checks import DTYPES, FP32, assert_attention_close, check_gradients, new_generator
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -28,7 +28,7 @@ def tensors(draw, shape, dtype):
     gaps = [draw(st.integers(0, 2)) for _ in shape]
     expanded = [draw(st.integers(0, 9)) == 0 for _ in shape[:-1]] + [False]
     sizes = [1 if e else n + g for n, g, e in zip(shape, gaps, expanded, strict=True)]
-    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
+    generator = new_generator(draw(st.integers(0, 2**32)))
     whole = torch.randn([sizes[axis] for axis in order], generator=generator).to(dtype)
     view = whole.permute([order.index(axis) for axis in range(len(shape))])
     view = view[tuple(slice(0, 1 if e else n) for n, e in zip(shape, expanded, strict=True))]
@@ -227,7 +227,7 @@ def test_equal_values_give_that_value(sq, sk, head_dim, dtype):
 @settings(**COMMON, max_examples=40)
 @given(st.integers(1, 40), st.integers(1, 90), st.integers(0, 10**6))
 def test_order_of_keys_does_not_matter(sq, sk, seed):
-    generator = torch.Generator().manual_seed(seed)
+    generator = new_generator(seed)
     q = torch.randn(1, sq, 2, 32, generator=generator)
     k, v = (torch.randn(1, sk, 2, 32, generator=generator) for _ in range(2))
     order = torch.randperm(sk, generator=generator)

@@ -8,6 +8,8 @@ import reference
 import torch
 from checks import FP32, assert_close
 
+pytestmark = pytest.mark.cpu
+
 
 def inputs(sq, sk, heads=4, heads_k=2, head_dim=16):
     shapes = ((2, sq, heads, head_dim), (2, sk, heads_k, head_dim), (2, sk, heads_k, head_dim))

@@ -7,6 +7,8 @@ from torch.nn.functional import scaled_dot_product_attention
 import flash_attn.backends.native
 import flash_attn.sdpa
 
+pytestmark = pytest.mark.cpu
+
 attention = pytest.importorskip("torch.nn.attention")
 if not hasattr(attention, "register_flash_attention_impl"):
     pytest.skip("this torch has no registry", allow_module_level=True)

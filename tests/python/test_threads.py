@@ -12,6 +12,8 @@ from checks import BF16, FP32, Case, dtype_id
 
 import flash_attn
 
+pytestmark = pytest.mark.cpu
+
 
 def work(seed, dtype=FP32):
     """A forward and a backward that need threads; returns all results."""

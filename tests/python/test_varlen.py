@@ -7,6 +7,7 @@ import reference
 import torch
 from checks import (
     BF16,
+    DTYPE,
     DTYPE_NAMES,
     DTYPES,
     FP32,
@@ -16,6 +17,7 @@ from checks import (
     cumulative,
     dtype_id,
     keep_masks_of,
+    new_generator,
     pairwise,
 )
 
@@ -41,7 +43,7 @@ class VarlenCase:
     batch: str = "mixed"
     heads: tuple = (4, 4)
     head_dim: int = 64
-    dtype: torch.dtype = FP32
+    dtype: torch.dtype = DTYPE
     causal: bool = False
     window_size: tuple = (-1, -1)
     softcap: float = 0.0
@@ -328,8 +330,8 @@ def test_pages(dtype, page_size):
     q, k, v = case.inputs()
     cu_q, cu_k, max_q, max_k = case.lengths()
     lengths = BATCHES["mixed"][1]
-    k_pages, table = paged(k, page_size, lengths, torch.Generator().manual_seed(1))
-    v_pages, _ = paged(v, page_size, lengths, torch.Generator().manual_seed(1))
+    k_pages, table = paged(k, page_size, lengths, new_generator(1))
+    v_pages, _ = paged(v, page_size, lengths, new_generator(1))
     out, lse, _ = flash_attn.flash_attn_varlen_func(
         *(q, k_pages, v_pages, cu_q, cu_k, max_q, max_k),
         causal=True,
