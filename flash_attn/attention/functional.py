@@ -11,7 +11,7 @@ from torch import Tensor
 from flash_attn.attention import arguments, autograd
 from flash_attn.attention.arguments import is_direct, prepare, records
 from flash_attn.attention.cache import with_kvcache
-from flash_attn.attention.calls import run_forward
+from flash_attn.attention.calls import run_forward, run_plain_forward
 
 
 def _with_s_dmask(q: Tensor, results):
@@ -71,6 +71,13 @@ def flash_attn_func(
         ImportError: no backend for the device is installed.
     """
     direct = is_direct(q, k, v, s_aux)
+    if (
+        direct
+        and not (dropout_p or softcap or return_attn_probs)
+        and alibi_slopes is None
+        and s_aux is None
+    ):
+        return run_plain_forward(q, k, v, softmax_scale, causal, window_size)
     if not direct:
         q, k, v = prepare(q, k, v)
         if records(q, k, v, s_aux):

@@ -1,6 +1,6 @@
 """What a backend is.
 
-A backend is a module (`flash_attn.backends.native` is one) with the four functions of `Backend`. It
+A backend is a module (`flash_attn.backends.native` is one) with the five functions of `Backend`. It
 computes on the tensors that it is given and nothing else: gradients, `torch.library` ops, random
 numbers and the choice among backends are the business of its callers. Every tensor has a contiguous
 last dimension; everything else about the arguments is for the backend to check.
@@ -82,6 +82,21 @@ class Backend(Protocol):
         """Returns (out, softmax_lse, s_dmask).
 
         softmax_lse is None without return_lse, s_dmask unless asked for with dropout.
+        """
+
+    def plain_forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        softmax_scale: float,
+        causal: bool,
+        window_left: int,
+        window_right: int,
+    ) -> Tensor:
+        """Returns the out of `forward` for dense inputs, with all other options off.
+
+        For small calls, which take as long as the Python around them.
         """
 
     def backward(

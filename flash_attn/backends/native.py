@@ -70,6 +70,35 @@ def _call_with_workspace(function, leading: tuple, arguments: tuple, num_bytes: 
     function(*leading, workspace.data_ptr(), num_bytes, *arguments[len(leading) + 2 :])
 
 
+def plain_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    softmax_scale: float,
+    causal: bool,
+    window_left: int,
+    window_right: int,
+) -> Tensor:
+    """Attention forward without options; see `Backend.plain_forward`."""
+    out = empty_like(q)
+    arguments = (
+        q,
+        k,
+        v,
+        out,
+        None,
+        softmax_scale,
+        window_left,
+        window_right,
+        causal,
+        get_num_threads(),
+        0 if q.is_cpu else _stream(q),
+    )
+    if num_bytes := _core.forward(*arguments):
+        _call_with_workspace(_core.forward, arguments, (), num_bytes)
+    return out
+
+
 def forward(
     q: Tensor,
     k: Tensor,
@@ -108,7 +137,7 @@ def forward(
                 sequences.max_seqlen_k,
             )
         s_dmask = q.new_empty(shape)
-    arguments = leading = (
+    leading = (
         q,
         k,
         v,
@@ -121,15 +150,17 @@ def forward(
         get_num_threads(),
         _stream(q),
     )
-    if (
-        softcap
-        or dropout_p
-        or alibi_slopes is not None
-        or s_aux is not None
-        or sequences is not None
-    ):
-        arguments += (*_NO_WORKSPACE, softcap, alibi_slopes, s_aux, dropout_p, rng_state, s_dmask)
-        arguments += sequences or ()
+    arguments = (
+        *leading,
+        *_NO_WORKSPACE,
+        softcap,
+        alibi_slopes,
+        s_aux,
+        dropout_p,
+        rng_state,
+        s_dmask,
+        *(sequences or ()),
+    )
     if num_bytes := _core.forward(*arguments):
         _call_with_workspace(_core.forward, leading, arguments, num_bytes)
     return out, softmax_lse, s_dmask
