@@ -2,6 +2,7 @@
 #include "attention/validate.h"
 
 #include <algorithm>
+#include <functional>
 
 #include "attention/checks.h"
 #include "attention/dropout.h"
@@ -116,10 +117,10 @@ ForwardParams validate(const fap_forward_args& args) {
   }
 
   const auto limit = [&](int64_t i) { return block_table ? pages.capacity : rows_of_k(params, i); };
-  params.seqused_k = check_lengths({"seqused_k", args.seqused_k}, t.q, params.batch, limit,
-                                   "the rows of its sequence");
-  params.leftpad_k = check_lengths({"leftpad_k", args.leftpad_k}, t.q, params.batch, limit,
-                                   "the rows of its sequence");
+  params.seqused_k = check_lengths({"seqused_k", args.seqused_k}, t.q, params.batch,
+                                   std::cref(limit), "the rows of its sequence");
+  params.leftpad_k = check_lengths({"leftpad_k", args.leftpad_k}, t.q, params.batch,
+                                   std::cref(limit), "the rows of its sequence");
   if (block_table && block_table.on_host()) {
     for (int64_t i = 0; i < params.batch; ++i) {
       const int64_t rows = params.seqused_k != nullptr ? params.seqused_k[i] : rows_of_k(params, i);

@@ -102,9 +102,9 @@ class BackwardTask {
   }
 
  private:
-  // The lower bf16 parts of infinity and NaN are of no use: a pair of blocks that holds one is
-  // multiplied as float. The accumulators are the same.
-  static constexpr bool kFallsBack = kNumParts > 1;
+  // Infinity and NaN have no bf16 parts, and must stay away from what the mask hides: a pair of
+  // blocks that holds one is multiplied as float. The accumulators are the same.
+  static constexpr bool kFallsBack = kNumParts > 0;
 
   // One pair of blocks. False: the call has failed elsewhere.
   bool add_block(const BackwardBlock& keys, const BackwardBlock& queries, const QueryBlock& block,
@@ -118,10 +118,10 @@ class BackwardTask {
         if (!float_keys_packed_) float_pairs_.pack_keys(k_, v_, keys.rows);
         float_keys_packed_ = true;
         float_pairs_.pack_queries(q, dout, queries.rows.size());
-        return multiply(float_pairs_, keys, queries, block, mask);
+        return multiply(float_pairs_, keys, queries, block, mask, false);
       }
     }
-    return multiply(pairs_, keys, queries, block, mask);
+    return multiply(pairs_, keys, queries, block, mask, finite);
   }
 
   // Pointers to the rows of a block, the rest null.
@@ -154,13 +154,13 @@ class BackwardTask {
   // dQ waits for its turn and goes out after the last one.
   template <typename Pairs>
   bool multiply(Pairs& pairs, const BackwardBlock& keys, const BackwardBlock& queries,
-                const QueryBlock& block, const Mask& mask) {
+                const QueryBlock& block, const Mask& mask, bool finite) {
     pairs.make_scores(block, mask, dropout_);
-    pairs.add_to_dk_dv(dk_, dv_, dkv_stride_);
+    pairs.add_to_dk_dv(block, mask, finite, dk_, dv_, dkv_stride_);
     const BackwardPlan::Turn turn = plan_.turn(keys, queries, block.head);
     float* dq = turn.accumulator != nullptr ? turn.accumulator : dq_;
     if (!plan_.wait(turn)) return false;
-    pairs.add_to_dq(dq, width_, !turn.first);
+    pairs.add_to_dq(block, mask, finite, dq, width_, !turn.first);
     if (turn.last) {
       for (int64_t i = 0; i < queries.rows.size(); ++i) {
         T* out = row_of<T>(params_.dq, queries.batch, block.head, queries.begin + i);

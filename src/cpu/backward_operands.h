@@ -258,8 +258,7 @@ struct BackwardOperands {
   static bool pack_rows_and_columns(const T* const* rows, int64_t num_rows, int64_t d, Matrix out,
                                     Matrix columns) {
     if constexpr (kNumParts == 1) {
-      copy_rows_and_columns(rows, num_rows, d, out, columns);
-      return true;  // or not, but one part carries infinity and NaN
+      return copy_rows_and_columns(rows, num_rows, d, out, columns);
     } else {
       return split_rows_and_columns(rows, num_rows, d, out, columns);
     }
@@ -305,8 +304,10 @@ struct BackwardOperands {
   }
   // bf16 as it is, in squares of 32. Interleaving two rows leaves columns 0-3, 8-11, 16-19, 24-27
   // in the lower result and the others in the upper one.
-  static void copy_rows_and_columns(const BFloat16* const* rows, int64_t num_rows, int64_t d,
+  static bool copy_rows_and_columns(const BFloat16* const* rows, int64_t num_rows, int64_t d,
                                     Matrix out, Matrix columns) {
+    const __m512i magnitude = _mm512_set1_epi16(0x7FFF);
+    __m512i largest = _mm512_setzero_si512();
     for (int64_t c = 0; c < width(d); c += 32) {
       const __mmask32 valid = d - c >= 32 ? ~0u : (1u << (d - c)) - 1;
       for (int64_t row = 0; row < num_rows; row += 32) {
@@ -318,6 +319,7 @@ struct BackwardOperands {
             const int64_t r = row + 2 * i + j;
             const bool present = r < num_rows && rows[r] != nullptr;
             x[j] = present ? _mm512_maskz_loadu_epi16(valid, rows[r] + c) : _mm512_setzero_si512();
+            largest = _mm512_max_epu16(largest, _mm512_and_si512(x[j], magnitude));
             if (r < num_rows) store(out.data + r * out.stride + c, x[j]);
           }
           low[i] = (VecI)_mm512_unpacklo_epi16(x[0], x[1]);
@@ -334,6 +336,7 @@ struct BackwardOperands {
         }
       }
     }
+    return _mm512_cmpge_epu16_mask(largest, _mm512_set1_epi16(0x7F80)) == 0;
   }
   template <typename T>
   static bool pack_wide(const T* const* rows, int64_t num_rows, int64_t d, Matrix out) {

@@ -114,8 +114,13 @@ class BlockPairs {
   }
 
   // dV^T += dO^T P and dK^T += Q^T dS, (head dimension, keys): for each tile of keys over the
-  // strips that have scores there, which are successive ones.
-  void add_to_dk_dv(float* dk, float* dv, int64_t stride) const {
+  // strips that have scores there, which are successive ones. Where something is not finite, a pair
+  // that the mask hides adds nothing: a product would add 0 times NaN.
+  void add_to_dk_dv(const QueryBlock& queries, const Mask& mask, bool finite, float* dk, float* dv,
+                    int64_t stride) const {
+    if constexpr (kNumParts == 0) {
+      if (!finite) return add_visible_to_dk_dv(queries, mask, dk, dv, stride);
+    }
     for (int64_t tile = 0; tile < num_keys_ / kTileN; ++tile) {
       int64_t begin = 0, end = num_strips_;
       const auto has_scores = [&](int64_t strip) {
@@ -135,7 +140,11 @@ class BlockPairs {
   }
 
   // dQ = or += dS K, (queries, head dimension).
-  void add_to_dq(float* dq, int64_t stride, bool accumulate) const {
+  void add_to_dq(const QueryBlock& queries, const Mask& mask, bool finite, float* dq,
+                 int64_t stride, bool accumulate) const {
+    if constexpr (kNumParts == 0) {
+      if (!finite) return add_visible_to_dq(queries, mask, dq, stride, accumulate);
+    }
     for (int64_t strip = 0; strip < num_strips_; ++strip) {
       const Range tiles = strip_tiles_[strip];
       const int64_t row = strip * kTileM, key = tiles.begin * kTileN;
@@ -154,6 +163,20 @@ class BlockPairs {
     int64_t strip, index;
   };
 
+  // Calls visit(row, first key of a tile, the keys of the tile that the row sees).
+  template <typename Visit>
+  void for_each_visible(const QueryBlock& queries, const Mask& mask, const Visit& visit) const {
+    for (int64_t row = 0; row < queries.rows.size(); ++row) {
+      const Range visible = mask.visible_keys(queries.rows.begin + row);
+      const int64_t end = std::min(visible.end, keys_.end) - keys_.begin;
+      int64_t begin = std::max(visible.begin, keys_.begin) - keys_.begin;
+      for (; begin < end; begin = begin / kTileN * kTileN + kTileN) {
+        const int64_t tile = begin / kTileN * kTileN;
+        visit(row, tile, Range{begin - tile, std::min(end - tile, kTileN)});
+      }
+    }
+  }
+
   // The first tile from a strip on; its strip is num_strips_ when there is none.
   Tile first_tile(int64_t strip) const {
     while (strip < num_strips_ && strip_tiles_[strip].empty()) ++strip;
@@ -163,6 +186,35 @@ class BlockPairs {
   Range strip_rows(const QueryBlock& queries, int64_t strip) const {
     const int64_t begin = queries.rows.begin + strip * kTileM;
     return {begin, std::min(begin + kTileM, queries.rows.end)};
+  }
+
+  void add_visible_to_dk_dv(const QueryBlock& queries, const Mask& mask, float* dk, float* dv,
+                            int64_t stride) const {
+    for_each_visible(queries, mask, [&](int64_t row, int64_t tile, Range keys) {
+      const float* p = Operands::panel_from(p_, block_m_, row, tile).data;
+      const float* ds = Operands::panel_from(ds_panels_, block_m_, row, tile).data;
+      for (int64_t x = 0; x < d_; ++x) {
+        const float dout = dout_.data[row * dout_.stride + x], q = q_.data[row * q_.stride + x];
+        float* dv_x = dv + x * stride + tile;
+        float* dk_x = dk + x * stride + tile;
+        for (int64_t key = keys.begin; key < keys.end; ++key) {
+          dv_x[key] += dout * p[key];
+          dk_x[key] += q * ds[key];
+        }
+      }
+    });
+  }
+
+  void add_visible_to_dq(const QueryBlock& queries, const Mask& mask, float* dq, int64_t stride,
+                         bool accumulate) const {
+    if (!accumulate) std::memset(dq, 0, num_strips_ * kTileM * stride * sizeof(float));
+    for_each_visible(queries, mask, [&](int64_t row, int64_t tile, Range keys) {
+      const float* ds = Operands::rows_from(ds_, row, tile).data;
+      for (int64_t key = keys.begin; key < keys.end; ++key) {
+        const float* k = Operands::wide_from(k_rows_, tile + key).data;
+        for (int64_t x = 0; x < d_; ++x) dq[row * stride + x] += ds[key] * k[x];
+      }
+    });
   }
 
   void start_products(Tile tile, int buffer) {

@@ -173,6 +173,7 @@ void forward_rows(const ForwardParams& params) {
     });
   }
   decode(params);  // sequences of few queries
+  if (params.cu_seqlens_q == nullptr && is_decode_sequence(params, params.seqlen_q)) return;
   const ForwardPlan plan(params, max_decode_rows(params));
   clear_unused_rows<T>(params, plan.unused_rows());
   parallel_for(params.num_threads, plan.num_tasks(), [&](int64_t index, int) {

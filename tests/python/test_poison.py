@@ -322,6 +322,32 @@ def test_gradients_of_nan(name):
     )
 
 
+@pytest.mark.parametrize("options", VISIBILITIES[1:], ids=str)
+@pytest.mark.parametrize("name", ("q", "k", "v", "dout"))
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+def test_nan_does_not_reach_gradients_through_the_mask(dtype, name, options):
+    """A pair that the mask hides adds nothing to any gradient, not even 0 times NaN."""
+    tensors = dict(zip("qkv", Case(batch=1, sq=300, sk=310, dtype=dtype).inputs(), strict=True))
+    tensors["dout"] = torch.randn(tensors["q"].shape).to(dtype)
+    tensors[name][0, 133, 2, :9] = math.nan
+    dout = tensors.pop("dout")
+    leaves = [x.requires_grad_() for x in tensors.values()]
+    out, lse, _ = flash_attn.flash_attn_func(*leaves, **options, return_attn_probs=True)
+    gradients = torch.autograd.grad(out, leaves, dout)
+    assert all(x.isfinite().any() for x in gradients)
+    check_gradients(
+        (out, lse, gradients),
+        reference.attention,
+        leaves,
+        None,
+        dout,
+        None,
+        ["dq", "dk", "dv"],
+        by_pairs=True,
+        **options,
+    )
+
+
 @pytest.mark.parametrize("name", ("q", "k", "v", "dout"))
 def test_gradients_of_nan_stay_in_their_sequence_and_head(name):
     tensors = dict(zip("qkv", Case(heads_k=2, sq=40, sk=60).inputs(), strict=True))

@@ -68,12 +68,14 @@ def attention(
     s_aux=None,
     dropout_p=0.0,
     keep_mask=None,
+    by_pairs=False,
     dtype=torch.float64,
 ):
     """Dense attention.
 
     q (b, sq, h, d), k and v (b, sk, hk, d), alibi_slopes (h,) or (b, h), s_aux (h,): one sink a
-    head, keep_mask bool (b, h, sq, sk): the entries that dropout keeps.
+    head, keep_mask bool (b, h, sq, sk): the entries that dropout keeps, by_pairs: for gradients of
+    an output that are not finite.
     Returns out (b, sq, h, d) and lse (b, h, sq), both in `dtype`. A row that sees no key has out 0
     and lse +inf, or lse = sink where there is one.
     """
@@ -86,7 +88,7 @@ def attention(
         "dropout_p": dropout_p,
         "keep_mask": keep_mask,
     }
-    if not all(bool(x.isfinite().all()) for x in (q, k, v)):
+    if by_pairs or not all(bool(x.isfinite().all()) for x in (q, k, v)):
         # A query does not look at the keys that it does not see. With numbers that follows from
         # p = 0; with NaN or inf it does not, so these inputs go pair by pair.
         return _attention_by_pairs(q, k, v, s_aux, **options)
