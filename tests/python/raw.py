@@ -1,5 +1,7 @@
 """The raw entry points of the core by keyword: the fields of the structs of attention.h."""
 
+import torch
+
 from flash_attn import _core
 
 FORWARD = (
@@ -56,7 +58,11 @@ NUMBERS = {
 def _call(function, names, arguments):
     unknown = set(arguments) - set(names)
     assert not unknown, unknown
-    function(*(arguments.get(name, NUMBERS.get(name)) for name in names))
+    num_bytes = function(*(arguments.get(name, NUMBERS.get(name)) for name in names))
+    if num_bytes:  # on a GPU
+        workspace = torch.full((num_bytes,), 255, dtype=torch.uint8)  # NaN, and wild numbers
+        given = arguments | {"workspace": workspace.data_ptr(), "workspace_size": num_bytes}
+        assert function(*(given.get(name, NUMBERS.get(name)) for name in names)) == 0
 
 
 def forward(**arguments):
