@@ -1,6 +1,8 @@
 #include "cuda/plan/decode.h"
 
 #include <algorithm>
+#include <cstdio>
+#include <cstdlib>
 #include <limits>
 
 #include "attention/split.h"
@@ -70,6 +72,46 @@ int64_t most_visible_keys(const ForwardParams& params) {
   return std::min(params.seqlen_k, params.seqlen_q + params.window_left + params.window_right);
 }
 
+// Whether a call is decode's.
+bool serves(const ForwardParams& params, const DeviceProperties& device) {
+  if (params.dropout_p > 0 || params.s_dmask != nullptr) return false;
+  const int64_t rows = packed_rows(params);
+  if (params.batch == 0 || rows == 0) return false;
+  // Beyond a tile of rows the forward kernel reads keys less often, unless it would leave most of
+  // the machine idle.
+  constexpr int64_t kMaxRows = 64, kForwardTile = 128, kLongKeys = 2048;
+  if (rows <= kMaxRows) return true;
+  const int64_t forward_blocks =
+      params.batch * params.num_heads * ceil_div(params.seqlen_q, kForwardTile);
+  return forward_blocks * 4 <= device.num_multiprocessors && most_visible_keys(params) >= kLongKeys;
+}
+
+// Positions and blocks are 32-bit numbers in the kernel.
+bool fits(const DecodePlan& plan) {
+  constexpr int64_t kMost = std::numeric_limits<int32_t>::max() / 2;
+  return plan.args.params.seqlen_k <= kMost && plan.args.num_rows <= kMost &&
+         plan.shape.blocks <= kMost;
+}
+
+// For measurements (benchmarks/tune_decode.py):
+// FLASH_ATTN_PLUS_DECODE_TILES="streams,step_keys,stages,min_blocks,num_splits"; 0 leaves a number
+// as it is. Only a process that starts with the variable set looks at it again.
+void override_choice(DecodeSpec& spec, int& num_splits) {
+  constexpr const char* kVariable = "FLASH_ATTN_PLUS_DECODE_TILES";
+  static const bool tuning = std::getenv(kVariable) != nullptr;
+  const char* text = tuning ? std::getenv(kVariable) : nullptr;
+  int given[5] = {};
+  if (text == nullptr || std::sscanf(text, "%d,%d,%d,%d,%d", &given[0], &given[1], &given[2],
+                                     &given[3], &given[4]) != 5) {
+    return;
+  }
+  int* const fields[] = {&spec.streams, &spec.step_keys, &spec.stages, &spec.min_blocks,
+                         &num_splits};
+  for (int i = 0; i < 5; ++i) {
+    if (given[i] > 0) *fields[i] = given[i];
+  }
+}
+
 size_t padded(size_t bytes) { return (bytes + 255) / 256 * 256; }
 
 }  // namespace
@@ -81,8 +123,11 @@ void DecodePlan::set_workspace(void* workspace) {
       static_cast<char*>(workspace) + padded(rows * static_cast<size_t>(spec.head_dim) * 4));
 }
 
-DecodePlan plan_decode_with(const DecodeSpec& spec, const ForwardParams& params,
-                            const DeviceProperties& device) {
+std::optional<DecodePlan> plan_decode(const ForwardParams& params, const DeviceProperties& device) {
+  if (!serves(params, device)) return std::nullopt;
+  DecodeSpec spec = choose(kind_of(params), device);
+  int wanted_splits = params.num_splits;
+  override_choice(spec, wanted_splits);
   DecodePlan plan;
   plan.spec = spec;
   plan.args.params = params;
@@ -92,9 +137,8 @@ DecodePlan plan_decode_with(const DecodeSpec& spec, const ForwardParams& params,
   const int64_t row_tiles = ceil_div(rows, spec.tile_m);
   const int64_t items = params.batch * params.num_heads_k * row_tiles;
   const int64_t units = int64_t{device.num_multiprocessors} * spec.min_blocks;
-  const int num_splits = params.num_splits > 0
-                             ? std::min(params.num_splits, kMaxSplits)
-                             : plan_splits(items, most_visible_keys(params), units);
+  const int num_splits = wanted_splits > 0 ? std::min(wanted_splits, kMaxSplits)
+                                           : plan_splits(items, most_visible_keys(params), units);
   plan.args.num_row_tiles = static_cast<uint32_t>(row_tiles);
   plan.args.num_splits = static_cast<uint32_t>(num_splits);
   plan.args.num_rows = params.batch * params.num_heads_k * rows;
@@ -108,29 +152,7 @@ DecodePlan plan_decode_with(const DecodeSpec& spec, const ForwardParams& params,
     plan.workspace_bytes =
         padded(parts * static_cast<size_t>(spec.head_dim) * 4) + padded(parts * sizeof(PartialRow));
   }
-  return plan;
-}
-
-std::optional<DecodePlan> plan_decode(const ForwardParams& params, const DeviceProperties& device) {
-  if (params.dropout_p > 0 || params.s_dmask != nullptr) return std::nullopt;
-  const int64_t rows = packed_rows(params);
-  if (params.batch == 0 || params.num_heads == 0 || rows == 0) return std::nullopt;
-  // Beyond a tile of rows the forward kernel reads keys less often, unless it would leave most of
-  // the machine idle.
-  constexpr int64_t kMaxRows = 64, kForwardTile = 128, kLongKeys = 2048;
-  const int64_t forward_blocks =
-      params.batch * params.num_heads * ceil_div(params.seqlen_q, kForwardTile);
-  const bool idle =
-      forward_blocks * 4 <= device.num_multiprocessors && most_visible_keys(params) >= kLongKeys;
-  if (rows > kMaxRows && !idle) return std::nullopt;
-  const DecodePlan plan = plan_decode_with(choose(kind_of(params), device), params, device);
-  // Positions and blocks are 32-bit numbers in the kernel.
-  constexpr int64_t kMost = std::numeric_limits<int32_t>::max() / 2;
-  if (params.seqlen_k > kMost || rows > kMost || plan.args.num_rows > kMost ||
-      plan.shape.blocks > kMost) {
-    return std::nullopt;
-  }
-  return plan;
+  return fits(plan) ? std::optional(plan) : std::nullopt;
 }
 
 std::vector<DecodeSpec> all_decode_specs(const DeviceProperties& device) {

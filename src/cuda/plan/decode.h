@@ -26,11 +26,6 @@ struct DecodePlan {
 // keys there, or it is of a kind that decode does not serve (dropout).
 std::optional<DecodePlan> plan_decode(const ForwardParams& params, const DeviceProperties& device);
 
-// The same with a kernel that is given, for measurements: tiles, steps and stages are the spec's,
-// and its kind must be the call's.
-DecodePlan plan_decode_with(const DecodeSpec& spec, const ForwardParams& params,
-                            const DeviceProperties& device);
-
 // Every Spec that plan_decode can choose on a device.
 std::vector<DecodeSpec> all_decode_specs(const DeviceProperties& device);
 std::vector<CombineSpec> all_combine_specs(const DeviceProperties& device);
