@@ -73,13 +73,13 @@ def compare(case, variants, rounds, seconds, page_size):
     batch, heads, heads_k, head_dim, keys = case
     num_bytes = 4 * batch * keys * heads_k * head_dim
     made = [inputs(case) for _ in range(max(1, -(-(400 << 20) // num_bytes)))]
+    transposed = [[x.transpose(1, 2).contiguous() for x in each] for each in made]
     gigabytes = len(made) * num_bytes / 1e9
 
     def peer(backend):
         def call():
             with sdpa_kernel(backend):
-                for x in made:
-                    q, k, v = (y.transpose(1, 2) for y in x)
+                for q, k, v in transposed:
                     F.scaled_dot_product_attention(q, k, v, enable_gqa=heads != heads_k)
 
         return call
