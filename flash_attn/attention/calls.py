@@ -7,20 +7,9 @@ from torch import Tensor
 from torch._C import _are_functorch_transforms_active
 
 from flash_attn.attention import library
-from flash_attn.attention.arguments import default_scale, is_plain, needs_grad, window
+from flash_attn.attention.arguments import is_plain, needs_grad
 from flash_attn.attention.gradients import transformable_forward, transformable_varlen_forward
 from flash_attn.backends import Options, Sequences, backend_for
-
-
-def run_plain_forward(
-    q: Tensor, k: Tensor, v: Tensor, softmax_scale: float | None, causal: bool, window_size
-) -> Tensor:
-    """Returns out. For tensors of which `is_direct` is true, and arguments as the public ones."""
-    if softmax_scale is None:
-        softmax_scale = default_scale(q)
-    if type(window_size) is not tuple or len(window_size) != 2:
-        window_size = window(window_size)
-    return backend_for(q).plain_forward(q, k, v, softmax_scale, causal, *window_size)
 
 
 def run_forward(

@@ -11,7 +11,8 @@ from torch import Tensor
 from flash_attn.attention import arguments, autograd
 from flash_attn.attention.arguments import is_direct, prepare, records
 from flash_attn.attention.cache import with_kvcache
-from flash_attn.attention.calls import run_forward, run_plain_forward
+from flash_attn.attention.calls import run_forward
+from flash_attn.backends import backend_for
 
 
 def _with_s_dmask(q: Tensor, results):
@@ -77,7 +78,11 @@ def flash_attn_func(
         and alibi_slopes is None
         and s_aux is None
     ):
-        return run_plain_forward(q, k, v, softmax_scale, causal, window_size)
+        if softmax_scale is None:
+            softmax_scale = arguments.default_scale(q)
+        if type(window_size) is not tuple or len(window_size) != 2:
+            window_size = arguments.window(window_size)
+        return backend_for(q).plain_forward(q, k, v, softmax_scale, causal, *window_size)
     if not direct:
         q, k, v = prepare(q, k, v)
         if records(q, k, v, s_aux):
