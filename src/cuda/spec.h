@@ -1,8 +1,8 @@
 // What kernels are specialised on, shared by host and device: no sizes of a call, only kinds.
 //
 // A kernel has a struct of its own (spec/*.h), a plain one with a `visit` that names its fields: it
-// is printed as one line of source above the kernel's text, and is the key of the cache and the line
-// in the log.
+// is printed as one line of source above the kernel's text, and is the key of the cache and the
+// line in the log.
 #pragma once
 
 #include <cstdint>
@@ -26,6 +26,6 @@ enum class Masking : uint8_t {
 };
 
 // Bytes from row to row of a tile in shared memory; see kernels/tile.cuh.
-FAP_SHARED constexpr int padded_row_bytes(int columns) { return ((columns * 2 / 16) | 1) * 16; }
+FAP_SHARED constexpr int padded_row_bytes(int columns) { return (columns / 16 | 1) * 32; }
 
 }  // namespace flash_attn_plus::cuda

@@ -12,6 +12,12 @@
 
 namespace flash_attn_plus::cuda {
 
+// A value that a generic lambda can branch on when it is compiled.
+template <bool kValue>
+struct Constant {
+  FAP_DEVICE constexpr operator bool() const { return kValue; }
+};
+
 constexpr float kInfinity = __builtin_bit_cast(float, 0x7F800000u);
 constexpr float kLog2E = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;

@@ -215,6 +215,10 @@ struct OnlineSoftmax {
   FAP_DEVICE float log2_sum(int slot, float sink, float* inverse) const {
     // Relative to the larger of the two, so that neither overflows.
     const float top = fmaxf(reference[slot], sink);
+    if (top == kInfinity) {  // inf / inf
+      *inverse = __int_as_float(0x7FC00000);
+      return top;
+    }
     const float scaled = exp2_approx(reference[slot] - top);
     const bool none = sum[slot] == 0.0f;
     const float keys = none ? 0.0f : sum[slot] * scaled;

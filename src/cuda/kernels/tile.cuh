@@ -1,8 +1,4 @@
-// A tile of 16-bit numbers in shared memory, filled from rows in global memory.
-//
-// A row is padded to an odd number of 16-byte chunks, so that the eight rows of an 8x8 matrix lie
-// in different banks whatever the row's length: no conflicts, and every fragment's address is a
-// base plus a constant, where a swizzle would compute one for each.
+// Tiles of 16-bit numbers in shared memory, filled from rows in global memory.
 #pragma once
 
 #include "cuda/kernels/ptx.cuh"
@@ -10,6 +6,12 @@
 
 namespace flash_attn_plus::cuda {
 
+// A tile whose rows are padded to an odd number of 32-byte sectors, and whose rows 4 to 7 of every
+// 8 have the two 16-byte halves of each sector exchanged: so the eight rows of an 8x8 matrix lie in
+// different banks, whatever the length of a row, and one address and constant offsets reach all
+// fragments of a tile, where the usual exclusive or over 128 bytes needs four. A sector stays
+// whole: rows padded by 16 bytes would do for the banks, but copies into them fetch the sectors
+// that they split twice (13.2 GB through L2 measured where 8.0 do).
 template <int kRows_, int kCols_>
 struct Tile {
   static constexpr int kRows = kRows_;
@@ -17,12 +19,14 @@ struct Tile {
   static constexpr int kChunks = kCols / 8;  // of 16 bytes in a row
   static constexpr int kRowBytes = padded_row_bytes(kCols);
   static constexpr int kBytes = kRows * kRowBytes;
-  static_assert(kCols % 8 == 0);
+  static_assert(kCols % 16 == 0);
 
-  uint32_t base;  // address in shared memory
+  uint32_t base;  // address in shared memory, a multiple of 32
 
+  // Rows 8 r and columns 16 c away lie r * 8 * kRowBytes + c * 32 bytes further.
   FAP_DEVICE uint32_t at(int row, int col) const {
-    return base + static_cast<uint32_t>(row * kRowBytes + col * 2);
+    const int chunk = col / 8 ^ (row / 4 & 1);
+    return base + static_cast<uint32_t>(row * kRowBytes + chunk * 16 + col % 8 * 2);
   }
 };
 
@@ -128,7 +132,7 @@ FAP_DEVICE void gather_rows(T tile, int thread, int head_dim, RowPointer row_poi
 template <typename T>
 FAP_DEVICE void load_a(uint32_t (&a)[4], T tile, int row, int col) {
   const int lane = lane_id();
-  load_matrices(a, tile.at(row, col) + lane % 16 * T::kRowBytes + lane / 16 * 16);
+  load_matrices(a, tile.at(lane % 16, lane / 16 * 8) + row * T::kRowBytes + col * 2);
 }
 
 // Operands b of two mma() whose columns are the tile's rows row .. row + 7 and row + 8 .. row + 15,
@@ -138,7 +142,7 @@ template <typename T>
 FAP_DEVICE void load_b_rows(uint32_t (&b)[4], T tile, int row, int col) {
   const int lane = lane_id();
   load_matrices(b,
-                tile.at(row, col) + (lane % 8 + lane / 16 * 8) * T::kRowBytes + lane / 8 % 2 * 16);
+                tile.at(lane % 8 + lane / 16 * 8, lane / 8 % 2 * 8) + row * T::kRowBytes + col * 2);
 }
 
 // The same for the transpose: columns are the tile's columns col .. col + 15, the depth is its rows
@@ -146,7 +150,7 @@ FAP_DEVICE void load_b_rows(uint32_t (&b)[4], T tile, int row, int col) {
 template <typename T>
 FAP_DEVICE void load_b_cols(uint32_t (&b)[4], T tile, int row, int col) {
   const int lane = lane_id();
-  load_matrices_transposed(b, tile.at(row, col) + lane % 16 * T::kRowBytes + lane / 16 * 16);
+  load_matrices_transposed(b, tile.at(lane % 16, lane / 16 * 8) + row * T::kRowBytes + col * 2);
 }
 
 }  // namespace flash_attn_plus::cuda

@@ -84,6 +84,7 @@ struct Step {
 
 // The same number in all lanes, and known to be: it stays in uniform registers.
 FAP_DEVICE int uniform(int x) { return __shfl_sync(0xFFFFFFFFu, x, 0); }
+FAP_DEVICE float uniform(float x) { return __shfl_sync(0xFFFFFFFFu, x, 0); }
 
 // One block of keys and one key head.
 struct KeyBlock {
@@ -265,7 +266,12 @@ extern "C" __global__ void __launch_bounds__(spec.threads(), spec.min_blocks)
   const int query_col = warp % kQueryWarpsD * (8 * kQueryD);
 
   Dropout dropout;
-  if constexpr (spec.dropout) dropout = make_dropout(params);
+  if constexpr (spec.dropout) {
+    dropout = make_dropout(params);
+    for (uint32_t& word : dropout.key.word) word = uniform(static_cast<int>(word));
+    dropout.threshold = uniform(static_cast<int>(dropout.threshold));
+    dropout.scale = uniform(dropout.scale);
+  }
 
   Fragments<kKeyN, kKeyD> dk, dv;
   set_zero(dk);
@@ -320,7 +326,8 @@ extern "C" __global__ void __launch_bounds__(spec.threads(), spec.min_blocks)
                                               RowsOfB<KTile>(shared.v(), score_col, 0, lane));
 
       const uint32_t head = static_cast<uint32_t>(block.head(step));
-      const ScoreTransform transform(params, spec.softcap, batch, head);
+      ScoreTransform transform(params, spec.softcap, batch, head);
+      if constexpr (spec.alibi) transform.slope = uniform(transform.slope);
       const int row = step.block * spec.tile_m + score_row, column = first_key + score_col;
       differentiate_scores<spec.softcap, spec.alibi, spec.dropout, spec.tile_m>(
           s, dp, shared.rows(step.number) + score_row * 4, transform,

@@ -88,7 +88,9 @@ FAP_DEVICE void store_fragments(const Fragments<kM, kN>& x, T tile, int row, int
 #if __CUDA_ARCH__ >= 900
   const uint32_t address = tile.at(row + lane % 16, col + lane / 16 * 8);
 #else
-  const uint32_t address = tile.at(row + lane / 4, col + lane % 4 * 2);
+  // The two halves of a sector may be exchanged.
+  const uint32_t left = tile.at(row + lane / 4, col + lane % 4 * 2);
+  const uint32_t right = tile.at(row + lane / 4, col + 8 + lane % 4 * 2);
 #endif
 #pragma unroll
   for (int m = 0; m < kM; ++m) {
@@ -104,7 +106,7 @@ FAP_DEVICE void store_fragments(const Fragments<kM, kN>& x, T tile, int row, int
 #else
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        store_shared(address + (16 * m + i % 2 * 8) * T::kRowBytes + (8 * n + i / 2 * 8) * 2,
+        store_shared((i < 2 ? left : right) + (16 * m + i % 2 * 8) * T::kRowBytes + 8 * n * 2,
                      packed[i]);
       }
 #endif

@@ -243,7 +243,7 @@ FAP_DEVICE void write_rows(const DecodeArgs& args, const Sequence& sequence, int
 
 extern "C" __global__ void __launch_bounds__(spec.threads(), spec.min_blocks)
     attention_decode(const __grid_constant__ DecodeArgs args) {
-  extern __shared__ __align__(16) uint8_t shared_memory[];
+  extern __shared__ __align__(128) uint8_t shared_memory[];
   const ForwardParams& params = args.params;
   const int head_dim = static_cast<int>(params.head_dim);
   const int group_size = static_cast<int>(params.group_size());

@@ -243,7 +243,7 @@ FAP_DEVICE void finish(const ForwardArgs& args, OnlineSoftmax<kM>& softmax, Outp
 
 extern "C" __global__ void __launch_bounds__(spec.threads(), spec.min_blocks)
     attention_forward(const __grid_constant__ ForwardArgs args) {
-  extern __shared__ uint4 shared[];
+  extern __shared__ __align__(128) uint4 shared[];
   const ForwardParams& params = args.params;
   if (blockIdx.x >= args.num_attention_blocks) {
     fill_rows_of_no_sequence(args, blockIdx.x - args.num_attention_blocks,
@@ -296,7 +296,7 @@ extern "C" __global__ void __launch_bounds__(spec.threads(), spec.min_blocks)
                                          seqlen_q - first_row);
   // Only the last tile can reach beyond the keys.
   load_keys(steps.last, seqlen_k - last_column);
-  load_values(steps.last, seqlen_k - last_column);
+  if constexpr (spec.stages == 2) load_values(steps.last, seqlen_k - last_column);
 
   Products products;
   products.q_tile = q_tile;
@@ -321,12 +321,12 @@ extern "C" __global__ void __launch_bounds__(spec.threads(), spec.min_blocks)
   }
 
   // From products to weights.
-  const auto weigh = [&](Scores& s, int step, bool masked) {
+  const auto weigh = [&](Scores& s, int step, auto masked) {
     const int column = step * spec.tile_n;
     if constexpr (spec.transformed()) {
       transform_scores<spec.softcap, spec.alibi>(s, transform, thread_row + bounds.offset, column);
     }
-    if (masked) mask_scores<spec.masking>(s, bounds, thread_row, column);
+    if constexpr (masked) mask_scores<spec.masking>(s, bounds, thread_row, column);
     softmax.update(s, out, multiplier);
     if constexpr (spec.dropout) drop_scores(s, dropout, batch, head, warp_row, column);
   };
@@ -335,11 +335,15 @@ extern "C" __global__ void __launch_bounds__(spec.threads(), spec.min_blocks)
     // With one buffer each, a tile is loaded when every warp has done with the one before it:
     // values under the first product, the next keys under the softmax and the second. With two,
     // both are loaded a step ahead.
-    const auto take_step = [&](int step, bool masked) {
+    const auto take_step = [&](int step, auto masked) {
       copy_async_wait<0>();  // keys of this step; with two buffers, values too
       __syncthreads();
       if constexpr (spec.stages == 1) {
-        if (step != steps.last) load_values(step, AllRows{});
+        if constexpr (masked) {
+          load_values(step, seqlen_k - step * spec.tile_n);
+        } else {
+          load_values(step, AllRows{});
+        }
       } else {
         load_keys(step - 1, AllRows{});
         load_values(step - 1, AllRows{});
@@ -357,12 +361,13 @@ extern "C" __global__ void __launch_bounds__(spec.threads(), spec.min_blocks)
     };
     int step = steps.last;
 #pragma unroll 1
-    for (; step > steps.free_last && step >= steps.first; --step) take_step(step, true);
+    for (; step > steps.free_last && step >= steps.first; --step) take_step(step, Constant<true>{});
 #pragma unroll 1
-    for (; step >= steps.free_first && step >= steps.first; --step) take_step(step, false);
+    for (; step >= steps.free_first && step >= steps.first; --step)
+      take_step(step, Constant<false>{});
     if constexpr (spec.masking == Masking::kWindow) {
 #pragma unroll 1
-      for (; step >= steps.first; --step) take_step(step, true);
+      for (; step >= steps.first; --step) take_step(step, Constant<true>{});
     }
   } else {
     // Scores of the next step are multiplied while this step's go through the softmax.
@@ -374,7 +379,7 @@ extern "C" __global__ void __launch_bounds__(spec.threads(), spec.min_blocks)
       load_keys(steps.last - 1, AllRows{});
       products.multiply_keys(s, key_tile(steps.last));
     }
-    const auto take_step = [&](int step, bool masked) {
+    const auto take_step = [&](int step, auto masked) {
       copy_async_wait<0>();
       __syncthreads();
       if (step > steps.first) {
@@ -396,12 +401,13 @@ extern "C" __global__ void __launch_bounds__(spec.threads(), spec.min_blocks)
     };
     int step = steps.last;
 #pragma unroll 1
-    for (; step > steps.free_last && step >= steps.first; --step) take_step(step, true);
+    for (; step > steps.free_last && step >= steps.first; --step) take_step(step, Constant<true>{});
 #pragma unroll 1
-    for (; step >= steps.free_first && step >= steps.first; --step) take_step(step, false);
+    for (; step >= steps.free_first && step >= steps.first; --step)
+      take_step(step, Constant<false>{});
     if constexpr (spec.masking == Masking::kWindow) {
 #pragma unroll 1
-      for (; step >= steps.first; --step) take_step(step, true);
+      for (; step >= steps.first; --step) take_step(step, Constant<true>{});
     }
   }
   copy_async_wait<0>();
