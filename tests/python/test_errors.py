@@ -8,6 +8,7 @@ import torch
 
 import flash_attn
 import flash_attn_2_cuda
+from flash_attn import _core
 
 NAN, INFINITY = float("nan"), float("inf")
 
@@ -375,6 +376,19 @@ def test_different_devices(name):
     tensors[name] = tensors[name].to("meta")
     with pytest.raises(RuntimeError, match=r"must be on the same device as q|on meta"):
         flash_attn.flash_attn_func(**tensors)
+
+
+def test_number_of_arguments_of_the_core():
+    """Fields at the end may be left out, and are zero; there is nothing behind the last one."""
+    q, out = torch.randn(2, 5, 4, 16), torch.empty(2, 5, 4, 16)
+    expected = torch.empty_like(out)
+    raw.forward(q=q, k=q, v=q, out=expected, softmax_scale=0.25, causal=1)
+    _core.forward(q, q, q, out, None, 0.25, -1, -1, 1)
+    assert torch.equal(out, expected)
+    with pytest.raises(RuntimeError, match="q must be given"):
+        _core.forward()
+    with pytest.raises(TypeError, match="forward takes at most"):
+        _core.forward(*[None] * (len(raw.FORWARD) + 1))
 
 
 # -------------------------------------------------------------------------------------------------
