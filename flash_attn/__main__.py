@@ -1,14 +1,14 @@
-"""`python -m flash_attn doctor` and `python -m flash_attn bench`."""
+"""`python -m flash_attn` with doctor, bench and compile."""
 
 import argparse
 
-from flash_attn.cli import bench, doctor
+from flash_attn.cli import bench, compile, doctor
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="python -m flash_attn")
     commands = parser.add_subparsers(metavar="command", required=True)
-    for module, name in ((doctor, "doctor"), (bench, "bench")):
+    for module, name in ((doctor, "doctor"), (bench, "bench"), (compile, "compile")):
         summary, _, details = module.__doc__.partition("\n")
         command = commands.add_parser(
             name,

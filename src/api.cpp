@@ -3,14 +3,17 @@
 #include <cstdint>
 #include <exception>
 #include <memory>
+#include <sstream>
 #include <string>
 
 #include "attention/error.h"
 #include "attention/tensor_arg.h"
 #include "attention/validate.h"
 #include "cpu/cpu.h"
+#include "cuda/catalog.h"
 #include "cuda/cuda.h"
 #include "cuda/runtime/device.h"
+#include "cuda/runtime/image.h"
 #include "cuda/runtime/nvrtc.h"
 #include "flash_attn_plus/attention.h"
 
@@ -167,6 +170,45 @@ fap_status workspace(const Args* pointer, size_t* bytes) {
   });
 }
 
+// ---- kernels without a call
+// -----------------------------------------------------------------------
+
+std::string kernel_lines(int arch) {
+  std::string lines;
+  for (const cuda::CatalogEntry& kernel : cuda::all_kernels(cuda::typical_device(arch))) {
+    lines += kernel.source.spec + "\n";
+  }
+  return lines;
+}
+
+std::string compile_kernel(int arch, const std::string& name) {
+  const cuda::DeviceProperties device = cuda::typical_device(arch);
+  for (const cuda::CatalogEntry& kernel : cuda::all_kernels(device)) {
+    if (kernel.source.spec != name) continue;
+    const cuda::Image image = cuda::image_for(kernel.source, arch);
+    const cuda::KernelUse use = cuda::use_of(image.compilation.log);
+    std::ostringstream report;
+    report << "from=" << (image.from_disk ? "disk" : "compiled") << "\nkept=" << image.kept
+           << "\nseconds=" << image.compilation.seconds << "\nregisters=" << use.registers
+           << "\nstack_bytes=" << use.stack_bytes << "\nspill_bytes=" << use.spill_bytes
+           << "\nshared_bytes=" << use.shared_bytes + kernel.limits.shared_bytes
+           << "\nexcess=" << cuda::excess(use, kernel.limits, device) << "\n";
+    return report.str();
+  }
+  fail("no call on sm_", arch, " uses a kernel ", name);
+}
+
+// The text that `make` gives, or null when it throws.
+template <typename F>
+const char* text_of(const F& make) noexcept {
+  thread_local std::string text;
+  const fap_status status = guarded([&] {
+    text = make();
+    return FAP_OK;
+  });
+  return status == FAP_OK ? text.c_str() : nullptr;
+}
+
 }  // namespace
 }  // namespace flash_attn_plus
 
@@ -199,6 +241,13 @@ fap_status fap_set_nvrtc_directories(const char* directories) {
     cuda::set_nvrtc_directories(directories == nullptr ? "" : directories);
     return FAP_OK;
   });
+}
+
+const char* fap_cuda_kernels(int32_t arch) {
+  return text_of([&] { return kernel_lines(arch); });
+}
+const char* fap_cuda_compile(int32_t arch, const char* kernel) {
+  return text_of([&] { return compile_kernel(arch, kernel == nullptr ? "" : kernel); });
 }
 
 const char* fap_last_error(void) { return last_error.c_str(); }

@@ -214,6 +214,15 @@ FAP_API fap_status fap_kvcache_workspace(const fap_kvcache_args* args, size_t* b
  * of an earlier call are forgotten), in the toolkit, and where the loader looks. */
 FAP_API fap_status fap_set_nvrtc_directories(const char* directories);
 
+/* The kernels that calls on a GPU of this architecture (90 is sm_90) can use, as text, one a line;
+ * and the compilation of one of them into the cache on disk, for which no GPU is needed. The result
+ * of that is lines of the form `name=value`: `from` (compiled or disk), `kept` (whether it is in
+ * the cache), `seconds`, `registers`, `stack_bytes`, `spill_bytes`, `shared_bytes`, and `excess`,
+ * what it uses beyond its limits. NULL, with the reason in fap_last_error(), for a failure. Valid
+ * until this thread's next call of either. */
+FAP_API const char* fap_cuda_kernels(int32_t arch);
+FAP_API const char* fap_cuda_compile(int32_t arch, const char* kernel);
+
 /* The message of this thread's last failure; never NULL, valid until this thread's next call. */
 FAP_API const char* fap_last_error(void);
 

@@ -109,13 +109,19 @@ int64_t invoke(const char* operation, fap_status (*function)(const Args*), const
                         fap_last_error(), "");
 }
 
-tvm::ffi::String cpu_isa() {
-  const char* name = fap_cpu_isa();
-  if (name == nullptr) throw tvm::ffi::Error("RuntimeError", fap_last_error(), "");
-  return name;
+tvm::ffi::String text_or_error(const char* text) {
+  if (text == nullptr) throw tvm::ffi::Error("RuntimeError", fap_last_error(), "");
+  return text;
 }
+tvm::ffi::String cpu_isa() { return text_or_error(fap_cpu_isa()); }
 tvm::ffi::String cpu_isas() { return fap_cpu_isas(); }
 tvm::ffi::String version() { return fap_version(); }
+tvm::ffi::String cuda_kernels(int64_t arch) {
+  return text_or_error(fap_cuda_kernels(static_cast<int32_t>(arch)));
+}
+tvm::ffi::String cuda_compile(int64_t arch, const tvm::ffi::String& kernel) {
+  return text_or_error(fap_cuda_compile(static_cast<int32_t>(arch), kernel.c_str()));
+}
 void set_nvrtc_directories(const tvm::ffi::String& directories) {
   fap_set_nvrtc_directories(directories.c_str());
 }
@@ -141,4 +147,6 @@ FAP_EXPORT(backward_supports, fap_backward_supports)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(cpu_isa, cpu_isa)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(cpu_isas, cpu_isas)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(version, version)
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(cuda_kernels, cuda_kernels)
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(cuda_compile, cuda_compile)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(set_nvrtc_directories, set_nvrtc_directories)

@@ -33,7 +33,7 @@ struct DecodeSpec {
   // Registers hold the queries where the output leaves room for them.
   FAP_SHARED constexpr bool q_in_registers() const { return head_dim <= 128; }
 
-  FAP_SHARED constexpr bool operator==(const DecodeSpec&) const = default;
+  constexpr bool operator==(const DecodeSpec&) const = default;
   template <typename F>
   constexpr void visit(F&& field) const {
     field("dtype", dtype);
@@ -82,7 +82,7 @@ struct CombineSpec {
     return threads() * 4 + warps() * (head_dim + 2) * 4;
   }
 
-  FAP_SHARED constexpr bool operator==(const CombineSpec&) const = default;
+  constexpr bool operator==(const CombineSpec&) const = default;
   template <typename F>
   constexpr void visit(F&& field) const {
     field("dtype", dtype);

@@ -24,7 +24,7 @@ struct RotarySpec {
 
   FAP_SHARED constexpr int width() const { return row_width(dtype, vector); }
 
-  FAP_SHARED constexpr bool operator==(const RotarySpec&) const = default;
+  constexpr bool operator==(const RotarySpec&) const = default;
   template <typename F>
   constexpr void visit(F&& field) const {
     field("dtype", dtype);
@@ -51,7 +51,7 @@ struct AppendSpec {
 
   FAP_SHARED constexpr int width() const { return row_width(dtype, vector); }
 
-  FAP_SHARED constexpr bool operator==(const AppendSpec&) const = default;
+  constexpr bool operator==(const AppendSpec&) const = default;
   template <typename F>
   constexpr void visit(F&& field) const {
     field("dtype", dtype);
