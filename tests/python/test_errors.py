@@ -378,6 +378,12 @@ def test_different_devices(name):
         flash_attn.flash_attn_func(**tensors)
 
 
+@pytest.mark.parametrize("function", (dense, varlen), ids=lambda f: f.__name__)
+def test_rank_of_q_where_its_results_are_asked_for(function):
+    with pytest.raises(RuntimeError, match=r"q must have shape \((total_q|batch_size), "):
+        function(q=(5, 16), return_attn_probs=True)
+
+
 def test_number_of_arguments_of_the_core():
     """Fields at the end may be left out, and are zero; there is nothing behind the last one."""
     q, out = torch.randn(2, 5, 4, 16), torch.empty(2, 5, 4, 16)

@@ -149,6 +149,37 @@ def test_internals_differentiate_when_asked_to():
     assert_same(actual, torch.autograd.grad(expected.sum() + expected_lse.sum(), (q, k, v)))
 
 
+def test_modes_see_the_internals():
+    """Each function below the public ones as its op, with the same results and operations."""
+    q, k, v = (x[0] for x in qkv())
+    options = (0.0, 0.25, True, -1, -1, 0.0, None)
+    ends = (CU_Q, CU_K, 4, 5)
+
+    def call():
+        results = flash_attn_interface._flash_attn_varlen_forward(q, k, v, *ends, *options)
+        gradients = [torch.empty_like(x) for x in (q, k, v)]
+        flash_attn_interface._flash_attn_varlen_backward(
+            *(torch.ones_like(q), q, k, v, *results[:2], *gradients, *ends, *options, False)
+        )
+        dense = [x[None] for x in (q, k, v)]
+        results += flash_attn_interface._flash_attn_forward(*dense, *options, False)
+        dense_gradients = [torch.empty_like(x) for x in dense]
+        flash_attn_interface._flash_attn_backward(
+            *(torch.ones_like(dense[0]), *dense, *results[4:6], *dense_gradients, *options, False)
+        )
+        return [*results, *gradients, *dense_gradients]
+
+    expected = call()
+    with OpRecorder() as mode:
+        assert_same(call(), expected)
+    for name in ("forward", "backward", "varlen_forward", "varlen_backward"):
+        assert f"flash_attn._flash_attn_{name}.default" in mode.seen
+    with FlopCounterMode(display=False) as counter:
+        call()
+    pairs = SQ * SK + 3 * 4 + 4 * 5
+    assert counter.get_total_flops() == 14 * pairs * HEADS * HEAD_DIM
+
+
 @pytest.mark.parametrize("names", ["dq", "dk", "dv", "dq dk", ""])
 def test_internal_backward_writes_what_is_given(names):
     q, k, v = qkv()
