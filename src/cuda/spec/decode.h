@@ -22,8 +22,8 @@ struct DecodeSpec {
 
   FAP_SHARED constexpr int row_warps() const { return tile_m / 16; }
   FAP_SHARED constexpr int threads() const { return streams * row_warps() * 32; }
-  FAP_SHARED constexpr int tile_bytes() const { return step_keys * head_dim * 2; }
-  FAP_SHARED constexpr int query_bytes() const { return tile_m * head_dim * 2; }
+  FAP_SHARED constexpr int tile_bytes() const { return step_keys * padded_row_bytes(head_dim); }
+  FAP_SHARED constexpr int query_bytes() const { return tile_m * padded_row_bytes(head_dim); }
   // Beside the rows of a quarter warp lie other banks.
   FAP_SHARED constexpr int merge_row() const { return head_dim + 8; }  // in floats
   FAP_SHARED constexpr int merge_bytes() const { return streams * tile_m * (merge_row() + 2) * 4; }
