@@ -40,12 +40,15 @@ Kind kind_of(const ForwardParams& params) {
 // Common kinds have a kernel each. For the rest a kernel that can do more does: a window without
 // bounds masks nothing, slopes of 0 add nothing, dropout with p = 0 drops nothing.
 Kind widened(Kind kind) {
+  // The mask is looked at in the first and last steps alone, so that one without bounds costs
+  // nothing.
+  if (kind.masking == Masking::kNone) kind.masking = Masking::kCausal;
   if (kind.paged && kind.access == Access::kPadded) kind.access = Access::kElement;
   const int features = kind.softcap + kind.alibi + kind.dropout;
   const bool common = kind.access == Access::kWhole && !kind.paged && features <= 1;
   if (common) return kind;
   const bool plain = features == 0 && kind.access != Access::kElement;
-  if (!(plain && !kind.paged && kind.masking == Masking::kNone)) kind.masking = Masking::kWindow;
+  if (!plain || kind.paged) kind.masking = Masking::kWindow;
   if (!plain) kind.alibi = kind.dropout = true;
   return kind;
 }
@@ -95,20 +98,37 @@ ForwardSpec with_shape(const Kind& kind, const TileShape& shape) {
   return spec;
 }
 
-// A warp of 32 rows keeps head_dim + tile_n accumulators a thread, one of 16 rows half as many; the
-// best shape first.
+// The best shape first. A warp of 32 rows keeps head_dim + tile_n accumulators a thread, one of 16
+// rows half as many, out of 255 registers; Q fits into registers beside them for small heads only.
+// What the features of a kind need more comes off tile_n.
+std::vector<TileShape> shapes_for(const Kind& kind) {
+  const int features = kind.softcap + kind.alibi + kind.dropout;
+  const bool crowded = features > 0 || kind.masking == Masking::kWindow || kind.paged ||
+                       kind.access != Access::kWhole;
+  if (kind.head_dim <= 64) {
+    const bool q_in_registers = features == 0;
+    return {{128, 64, 4, 1, 2, false, q_in_registers}, {64, 32, 4, 1, 1}};
+  }
+  if (kind.head_dim <= 128) {
+    if (crowded && kind.head_dim > 64) {
+      return {{128, 32, 4, 2, 2}, {128, 32, 4, 1, 2}, {64, 32, 4, 1, 1}};
+    }
+    return {{128, 64, 4, 2, 2}, {128, 32, 4, 2, 2}, {128, 32, 4, 1, 2}, {64, 32, 4, 1, 1}};
+  }
+  if (crowded) return {{64, 32, 4, 2, 2}, {64, 32, 4, 1, 2}, {64, 32, 4, 1, 1}};
+  return {{64, 64, 4, 1, 2}, {128, 64, 8, 1, 1}, {64, 32, 4, 1, 1}};
+}
+
 ForwardSpec choose(const Kind& call, const DeviceProperties& device) {
   const Kind kind = widened(call);
   if (TileShape shape; overridden(&shape)) return with_shape(kind, shape);
-  const bool narrow = kind.alibi && kind.dropout;  // registers for everything at once
-  const TileShape large = {128, narrow ? 32 : 64, 4, 1, 2};
-  const TileShape shapes[] = {
-      kind.head_dim <= 128 ? large : TileShape{64, narrow ? 32 : 64, 4, 1, 2},
-      {64, 32, 4, 1, 1},
-  };
-  for (const TileShape& shape : shapes) {
+  constexpr int kReserved = 1024;  // of every resident block
+  for (const TileShape& shape : shapes_for(kind)) {
     const ForwardSpec spec = with_shape(kind, shape);
-    if (spec.shared_bytes() <= device.max_shared_per_block) return spec;
+    if (spec.shared_bytes() <= device.max_shared_per_block &&
+        spec.min_blocks * (spec.shared_bytes() + kReserved) <= device.shared_per_multiprocessor) {
+      return spec;
+    }
   }
   fail("no tile of the forward kernel fits the shared memory of ", device.name);
 }

@@ -145,7 +145,11 @@ FAP_DEVICE KeySteps plan_steps(const Mask& mask, Range rows) {
   KeySteps steps;
   steps.first = static_cast<int>(any.begin / spec.tile_n);
   steps.last = any.empty() ? steps.first - 1 : static_cast<int>((any.end - 1) / spec.tile_n);
-  steps.free_first = static_cast<int>((all.begin + spec.tile_n - 1) / spec.tile_n);
+  steps.free_first = steps.first;  // without a bound on the left
+  if constexpr (spec.masking == Masking::kWindow) {
+    steps.free_first =
+        max(steps.first, static_cast<int>((all.begin + spec.tile_n - 1) / spec.tile_n));
+  }
   steps.free_last = static_cast<int>(all.end / spec.tile_n) - 1;
   return steps;
 }
@@ -296,7 +300,7 @@ extern "C" __global__ void __launch_bounds__(spec.threads(), spec.min_blocks)
                                          seqlen_q - first_row);
   // Only the last tile can reach beyond the keys.
   load_keys(steps.last, seqlen_k - last_column);
-  if constexpr (spec.stages == 2) load_values(steps.last, seqlen_k - last_column);
+  load_values(steps.last, seqlen_k - last_column);
 
   Products products;
   products.q_tile = q_tile;
@@ -336,19 +340,21 @@ extern "C" __global__ void __launch_bounds__(spec.threads(), spec.min_blocks)
     // values under the first product, the next keys under the softmax and the second. With two,
     // both are loaded a step ahead.
     const auto take_step = [&](int step, auto masked) {
-      copy_async_wait<0>();  // keys of this step; with two buffers, values too
+      const bool is_first = step == steps.last;
+      // Keys of this step; with two buffers, values too.
+      if (spec.stages == 1 && is_first) {
+        copy_async_wait<1>();
+      } else {
+        copy_async_wait<0>();
+      }
       __syncthreads();
       if constexpr (spec.stages == 1) {
-        if constexpr (masked) {
-          load_values(step, seqlen_k - step * spec.tile_n);
-        } else {
-          load_values(step, AllRows{});
-        }
+        if (!is_first) load_values(step, AllRows{});
       } else {
         load_keys(step - 1, AllRows{});
         load_values(step - 1, AllRows{});
       }
-      if (step == steps.last) products.load_q();
+      if (is_first) products.load_q();
       Scores s;
       products.multiply_keys(s, key_tile(step));
       if constexpr (spec.stages == 1) {
@@ -363,8 +369,7 @@ extern "C" __global__ void __launch_bounds__(spec.threads(), spec.min_blocks)
 #pragma unroll 1
     for (; step > steps.free_last && step >= steps.first; --step) take_step(step, Constant<true>{});
 #pragma unroll 1
-    for (; step >= steps.free_first && step >= steps.first; --step)
-      take_step(step, Constant<false>{});
+    for (; step >= steps.free_first; --step) take_step(step, Constant<false>{});
     if constexpr (spec.masking == Masking::kWindow) {
 #pragma unroll 1
       for (; step >= steps.first; --step) take_step(step, Constant<true>{});
@@ -403,8 +408,7 @@ extern "C" __global__ void __launch_bounds__(spec.threads(), spec.min_blocks)
 #pragma unroll 1
     for (; step > steps.free_last && step >= steps.first; --step) take_step(step, Constant<true>{});
 #pragma unroll 1
-    for (; step >= steps.free_first && step >= steps.first; --step)
-      take_step(step, Constant<false>{});
+    for (; step >= steps.free_first; --step) take_step(step, Constant<false>{});
     if constexpr (spec.masking == Masking::kWindow) {
 #pragma unroll 1
       for (; step >= steps.first; --step) take_step(step, Constant<true>{});
