@@ -140,24 +140,37 @@ class Inputs:
         return torch.exp2(-8 * heads / self.case.heads)
 
     def _keywords(self):
+        """What differs from the defaults: passing more would cost a tiny call some of its time."""
         f = self.features
-        keywords = {"causal": f.causal, "window_size": (f.window, 0 if f.causal else f.window)}
-        keywords["softcap"] = f.softcap
-        keywords["alibi_slopes"] = self._slopes() if f.alibi else None
+        keywords = {}
+        if f.causal:
+            keywords["causal"] = True
+        if f.window >= 0:
+            keywords["window_size"] = (f.window, 0 if f.causal else f.window)
+        if f.softcap:
+            keywords["softcap"] = f.softcap
+        if f.alibi:
+            keywords["alibi_slopes"] = self._slopes()
         if f.sinks:
             keywords["s_aux"] = torch.zeros(self.case.heads, device=self.device)
         if self.case.kind != "decode":
-            keywords.update(dropout_p=f.dropout, deterministic=f.deterministic)
+            if f.dropout:
+                keywords["dropout_p"] = f.dropout
+            if f.deterministic:
+                keywords["deterministic"] = True
         return keywords
 
     def _peer_keywords(self, seqlen_q):
         f, seqlen = self.features, self.case.seqlen
-        dropout_p = 0.0 if self.case.kind == "decode" else f.dropout
-        keywords = {"dropout_p": dropout_p, "enable_gqa": f.gqa > 1}
+        keywords = {}
+        if f.dropout and self.case.kind != "decode":
+            keywords["dropout_p"] = f.dropout
+        if f.gqa > 1:
+            keywords["enable_gqa"] = True
         masked = f.window >= 0 or f.alibi
         if not masked:
             # One query row sees the whole cache, and torch aligns its causal mask at the top left.
-            return keywords | {"is_causal": f.causal and seqlen_q > 1}
+            return keywords | ({"is_causal": True} if f.causal and seqlen_q > 1 else {})
         rows = torch.arange(seqlen - seqlen_q, seqlen, device=self.device)[:, None]
         distance = torch.arange(seqlen, device=self.device) - rows
         left = f.window if f.window >= 0 else seqlen
