@@ -29,7 +29,7 @@ def is_plain(q: Tensor, k: Tensor, v: Tensor) -> bool:
         and type(v) is Tensor
         and _len_torch_dispatch_stack() == 0
         and not _are_functorch_transforms_active()
-        and not q.is_meta
+        and not (q.is_meta or k.is_meta or v.is_meta)
         and not _profiler_enabled()
         and not _is_tracing()
     )
