@@ -64,6 +64,8 @@ def test_attention(case):
         assert torch.equal(torch.signbit(cpu[2]), torch.signbit(gpu[2])), "the masks differ"
     for name, x, y in zip(("out", "lse", "S_dmask", "dq", "dk", "dv"), cpu, gpu, strict=True):
         assert torch.equal(x.isfinite(), y.isfinite()), name
+        if x.numel() == 0:  # S_dmask without dropout
+            continue
         x, y = (t.double().where(t.isfinite(), 0.0) for t in (x, y))
         if name != "lse":
             eps = torch.finfo(case.dtype).eps
