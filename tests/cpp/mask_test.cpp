@@ -60,7 +60,8 @@ TEST_P(MaskTest, QueriesOfAKeyBlockAreThoseThatSeeSomeOrAllOfIt) {
   const Mask m = mask();
   for (int64_t begin = 0; begin < m.seqlen_k; ++begin) {
     for (int64_t end = begin + 1; end <= m.seqlen_k; ++end) {
-      const Range any = m.any_seeing_queries({begin, end}), all = m.all_seeing_queries({begin, end});
+      const Range any = m.any_seeing_queries({begin, end}),
+                  all = m.all_seeing_queries({begin, end});
       for (int64_t i = 0; i < m.seqlen_q; ++i) {
         bool some = false, every = true;
         for (int64_t j = begin; j < end; ++j) {
