@@ -179,7 +179,8 @@ class _WithFlashGradients(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dout, dlse):
         q, k, v, s_aux, out, lse = ctx.saved_tensors
-        return *flash_gradients(q, k, v, s_aux, out, lse, dout, dlse, **ctx.options), None
+        with dout.device:  # autograd's threads do not know the default device
+            return *flash_gradients(q, k, v, s_aux, out, lse, dout, dlse, **ctx.options), None
 
 
 def flash_gradients(
