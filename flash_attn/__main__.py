@@ -1,14 +1,15 @@
-"""`python -m flash_attn` with doctor, bench and compile."""
+"""`python -m flash_attn` with doctor, bench, compile and explain."""
 
 import argparse
 
-from flash_attn.cli import bench, compile, doctor
+from flash_attn.cli import bench, compile, doctor, explain
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="python -m flash_attn")
     commands = parser.add_subparsers(metavar="command", required=True)
-    for module, name in ((doctor, "doctor"), (bench, "bench"), (compile, "compile")):
+    for module in (doctor, bench, compile, explain):
+        name = module.__name__.rpartition(".")[2]
         summary, _, details = module.__doc__.partition("\n")
         command = commands.add_parser(
             name,

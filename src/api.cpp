@@ -6,12 +6,14 @@
 #include <sstream>
 #include <string>
 
+#include "attention/checks.h"
 #include "attention/error.h"
 #include "attention/tensor_arg.h"
 #include "attention/validate.h"
 #include "cpu/cpu.h"
 #include "cuda/catalog.h"
 #include "cuda/cuda.h"
+#include "cuda/explain.h"
 #include "cuda/runtime/device.h"
 #include "cuda/runtime/image.h"
 #include "cuda/runtime/nvrtc.h"
@@ -248,6 +250,13 @@ const char* fap_cuda_kernels(int32_t arch) {
 }
 const char* fap_cuda_compile(int32_t arch, const char* kernel) {
   return text_of([&] { return compile_kernel(arch, kernel == nullptr ? "" : kernel); });
+}
+
+const char* fap_cuda_explain(const fap_cuda_explain_args* args) {
+  return text_of([&] {
+    check_struct_size(deref(args));
+    return cuda::explain(*args);
+  });
 }
 
 const char* fap_last_error(void) { return last_error.c_str(); }

@@ -223,6 +223,38 @@ FAP_API fap_status fap_set_nvrtc_directories(const char* directories);
 FAP_API const char* fap_cuda_kernels(int32_t arch);
 FAP_API const char* fap_cuda_compile(int32_t arch, const char* kernel);
 
+/* What a call on contiguous tensors of a GPU would launch. */
+typedef struct fap_cuda_explain_args {
+  size_t size;
+  int32_t arch;      /* 90 is sm_90 */
+  int32_t operation; /* 0: fap_forward, 1: fap_backward, 2: fap_kvcache */
+  int32_t bfloat16;  /* else float16 */
+  int64_t batch;
+  int64_t seqlen_q; /* with variable_length: of the longest sequence, and of the average one */
+  int64_t seqlen_k;
+  int64_t num_heads;
+  int64_t num_heads_k;
+  int64_t head_dim;
+  int32_t causal;
+  int64_t window_left; /* negative: infinite */
+  int64_t window_right;
+  double softcap;
+  double dropout_p;
+  int32_t alibi;
+  int32_t s_aux;
+  int32_t deterministic;
+  int32_t variable_length;
+  int64_t page_size;  /* 0: not paged */
+  int64_t seqlen_new; /* fap_kvcache: keys to append */
+  int64_t rotary_dim; /* fap_kvcache: of the queries and new keys; 0: not rotated */
+  int32_t num_splits;
+} fap_cuda_explain_args;
+
+/* The device, the workspace and the launches of such a call as text, without a GPU; NULL, with the
+ * reason in fap_last_error(), when it would be refused. Valid until this thread's next such call.
+ */
+FAP_API const char* fap_cuda_explain(const fap_cuda_explain_args* args);
+
 /* The message of this thread's last failure; never NULL, valid until this thread's next call. */
 FAP_API const char* fap_last_error(void);
 

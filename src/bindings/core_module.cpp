@@ -81,18 +81,18 @@ constexpr size_t count_fields() {
   }
 }
 
-template <typename Args, size_t... I>
-fap_status call(const char* operation, fap_status (*function)(const Args*), const TVMFFIAny* values,
-                size_t num_values, std::index_sequence<I...>) {
+template <typename Result, typename Args, size_t... I>
+Result call(const char* operation, Result (*function)(const Args*), const TVMFFIAny* values,
+            size_t num_values, std::index_sequence<I...>) {
   fap_tensor storage[sizeof...(I)];
   const Args args{sizeof(Args),
                   Field(operation, I, I < num_values ? &values[I] : nullptr, storage[I])...};
   return function(&args);
 }
 
-template <typename Args>
-int64_t invoke(const char* operation, fap_status (*function)(const Args*), const TVMFFIAny* values,
-               int32_t num_values) {
+template <typename Result, typename Args>
+Result call(const char* operation, Result (*function)(const Args*), const TVMFFIAny* values,
+            int32_t num_values) {
   constexpr size_t kNumFields = count_fields<Args>();
   const size_t given = static_cast<size_t>(num_values);
   if (given > kNumFields) {
@@ -101,8 +101,11 @@ int64_t invoke(const char* operation, fap_status (*function)(const Args*), const
                               " arguments, but got " + std::to_string(given),
                           "");
   }
-  const fap_status status =
-      call(operation, function, values, given, std::make_index_sequence<kNumFields>{});
+  return call(operation, function, values, given, std::make_index_sequence<kNumFields>{});
+}
+
+// Zero, or the bytes of workspace without which nothing was done.
+int64_t checked(fap_status status) {
   if (status == FAP_OK) return 0;
   if (status == FAP_NEEDS_WORKSPACE) return static_cast<int64_t>(fap_workspace_needed());
   throw tvm::ffi::Error(status == FAP_CONSTRAINT_ERROR ? "ConstraintError" : "RuntimeError",
@@ -128,21 +131,21 @@ void set_nvrtc_directories(const tvm::ffi::String& directories) {
 
 }  // namespace
 
-#define FAP_EXPORT(name, function)                                                          \
-  extern "C" TVM_FFI_DLL_EXPORT int __tvm_ffi_##name(void*, const TVMFFIAny* args,          \
-                                                     int32_t num_args, TVMFFIAny* result) { \
-    TVM_FFI_SAFE_CALL_BEGIN();                                                              \
-    const int64_t value = invoke(#name, &function, args, num_args);                         \
-    *reinterpret_cast<tvm::ffi::Any*>(result) = value;                                      \
-    TVM_FFI_SAFE_CALL_END();                                                                \
+#define FAP_EXPORT(name, function, check)                                                      \
+  extern "C" TVM_FFI_DLL_EXPORT int __tvm_ffi_##name(void*, const TVMFFIAny* args,             \
+                                                     int32_t num_args, TVMFFIAny* result) {    \
+    TVM_FFI_SAFE_CALL_BEGIN();                                                                 \
+    *reinterpret_cast<tvm::ffi::Any*>(result) = check(call(#name, &function, args, num_args)); \
+    TVM_FFI_SAFE_CALL_END();                                                                   \
   }
 
-FAP_EXPORT(forward, fap_forward)
-FAP_EXPORT(backward, fap_backward)
-FAP_EXPORT(kvcache, fap_kvcache)
-FAP_EXPORT(rotary, fap_rotary)
-FAP_EXPORT(forward_supports, fap_forward_supports)
-FAP_EXPORT(backward_supports, fap_backward_supports)
+FAP_EXPORT(forward, fap_forward, checked)
+FAP_EXPORT(backward, fap_backward, checked)
+FAP_EXPORT(kvcache, fap_kvcache, checked)
+FAP_EXPORT(rotary, fap_rotary, checked)
+FAP_EXPORT(forward_supports, fap_forward_supports, checked)
+FAP_EXPORT(backward_supports, fap_backward_supports, checked)
+FAP_EXPORT(cuda_explain, fap_cuda_explain, text_or_error)
 
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(cpu_isa, cpu_isa)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(cpu_isas, cpu_isas)

@@ -13,6 +13,7 @@ namespace {
 DeviceProperties typical(int arch, int num_multiprocessors, int shared_kb, int threads,
                          int64_t l2_mb) {
   DeviceProperties device;
+  device.ordinal = -arch;
   device.arch = arch;
   device.num_multiprocessors = num_multiprocessors;
   device.max_shared_per_block = (shared_kb - 1) * 1024;
@@ -46,6 +47,7 @@ const std::map<int, DeviceProperties>& typical_devices() {
 }
 
 DeviceProperties read_properties(int ordinal) {
+  if (ordinal < 0) return typical_device(-ordinal);
   const Driver& cuda = driver();
   int device = 0, count = 0;
   if (cuda.device(&device, ordinal) != kDriverSuccess) {

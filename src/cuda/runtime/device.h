@@ -25,7 +25,7 @@ struct DeviceProperties {
 };
 
 // Of a GPU in this machine; read once. Throws Error when there is no driver, no such device, or one
-// older than kMinArch.
+// older than kMinArch. A negative ordinal is no GPU but an architecture: -90 is typical_device(90).
 const DeviceProperties& device_properties(int ordinal);
 
 // Of the best-known GPU of an architecture: for plans, checks and compilations without a GPU.

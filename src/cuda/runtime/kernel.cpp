@@ -65,6 +65,10 @@ Kernel load_kernel(const KernelSource& source, const DeviceProperties& device) {
 
 void launch(const Kernel& kernel, const LaunchShape& shape, void* stream, const void* args) {
   if (shape.blocks == 0) return;
+  if (LaunchRecorder* recorder = LaunchRecorder::current()) {
+    recorder->add({kernel.name, shape.blocks, shape.threads, shape.shared_bytes});
+    return;
+  }
   if (shape.blocks < 0 || shape.blocks > std::numeric_limits<int32_t>::max()) {
     fail("the call needs ", shape.blocks,
          " blocks of threads, more than a launch can have (2^31 - 1): ", kernel.name);
@@ -85,7 +89,7 @@ void launch(const Kernel& kernel, const LaunchShape& shape, void* stream, const 
 }
 
 void set_zero(void* pointer, size_t bytes, void* stream) {
-  if (bytes == 0) return;
+  if (bytes == 0 || LaunchRecorder::current() != nullptr) return;
   const Driver& cuda = driver();
   check_driver(cuda, cuda.set_bytes(pointer, 0, bytes, stream), "cuMemsetD8Async", " for ", bytes,
                " bytes");

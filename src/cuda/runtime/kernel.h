@@ -16,6 +16,7 @@
 
 #include "cuda/runtime/device.h"
 #include "cuda/runtime/kernel_table.h"
+#include "cuda/runtime/recorder.h"
 #include "cuda/runtime/spec_text.h"
 
 namespace flash_attn_plus::cuda {
@@ -24,6 +25,7 @@ namespace flash_attn_plus::cuda {
 // long as the process. The context of the device must be current.
 template <typename Spec>
 const Kernel& kernel_for(const Spec& spec, const DeviceProperties& device) {
+  if (LaunchRecorder* recorder = LaunchRecorder::current()) return recorder->kernel(to_text(spec));
   static KernelTable<Spec>& table = *new KernelTable<Spec>;  // outlives every thread
   return table.find(spec, device);
 }
