@@ -78,9 +78,6 @@ struct CombineSpec {
 
   FAP_SHARED constexpr int threads() const { return 128; }
   FAP_SHARED constexpr int warps() const { return threads() / 32; }
-  FAP_SHARED constexpr int shared_bytes() const {
-    return threads() * 4 + warps() * (head_dim + 2) * 4;
-  }
 
   constexpr bool operator==(const CombineSpec&) const = default;
   template <typename F>
