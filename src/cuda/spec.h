@@ -25,6 +25,28 @@ enum class Masking : uint8_t {
   kWindow,  // bounds on both sides, either of which may be infinite
 };
 
+// Division of numbers below 2^31 by one that is known before the launch: a multiplication and a
+// shift (Granlund and Montgomery, "Division by invariant integers using multiplication", 1994).
+struct FastDivisor {
+  uint32_t divisor = 1;
+  uint32_t multiplier = 0;
+  uint32_t shift = 0;
+
+  FastDivisor() = default;
+  explicit FastDivisor(uint32_t divisor) : divisor(divisor) {
+    if (divisor <= 1) return;
+    uint32_t bits = 0;  // of divisor - 1
+    while ((uint64_t{1} << bits) < divisor) ++bits;
+    multiplier = static_cast<uint32_t>(((uint64_t{1} << (31 + bits)) + divisor - 1) / divisor);
+    shift = bits - 1;
+  }
+
+  FAP_SHARED uint32_t quotient(uint32_t x) const {
+    return divisor == 1 ? x : static_cast<uint32_t>(uint64_t{x} * multiplier >> 32) >> shift;
+  }
+  FAP_SHARED uint32_t remainder(uint32_t x) const { return x - quotient(x) * divisor; }
+};
+
 // Bytes from row to row of a tile in shared memory; see kernels/tile.cuh.
 FAP_SHARED constexpr int padded_row_bytes(int columns) { return (columns / 16 | 1) * 32; }
 

@@ -138,28 +138,41 @@ uint32_t ceil_div(int64_t a, int64_t b) { return static_cast<uint32_t>((a + b - 
 }  // namespace
 
 ForwardPlan plan_forward(const ForwardParams& params, const DeviceProperties& device) {
+  // The inner loop counts rows and columns in 32 bits.
+  constexpr int64_t kMaxSeqlen = int64_t{1} << 30;
+  if (params.seqlen_q >= kMaxSeqlen || params.seqlen_k >= kMaxSeqlen) {
+    fail("sequences on CUDA must be shorter than 2^30, but q has ", params.seqlen_q,
+         " rows and k has ", params.seqlen_k);
+  }
   ForwardPlan plan;
   plan.spec = choose(kind_of(params), device);
   ForwardArgs& args = plan.args;
   args.params = params;
-  args.num_query_blocks = ceil_div(params.seqlen_q, plan.spec.tile_m);
-  args.num_pairs = static_cast<uint32_t>(params.batch * params.num_heads);
-  // Pairs whose keys and values fill an eighth of the L2 cache, since blocks of several groups run
-  // at the same time; query heads of a group share theirs.
-  const int64_t key_bytes = 4 * params.seqlen_k * params.head_dim;
-  const int64_t pairs = device.l2_bytes / 8 / std::max<int64_t>(key_bytes, 1) * params.group_size();
-  args.pairs_per_group =
-      static_cast<uint32_t>(std::clamp<int64_t>(pairs, 1, std::max(args.num_pairs, 1u)));
-  const int64_t blocks = int64_t{args.num_query_blocks} * args.num_pairs;
+  args.num_row_blocks = ceil_div(params.seqlen_q, plan.spec.tile_m);
+  const int64_t num_pairs = params.batch * params.num_heads;
+  const int64_t blocks = args.num_row_blocks * num_pairs;
   // Rows of no sequence are few, or there is no hurry.
   const int64_t filling = params.cu_seqlens_q != nullptr
                               ? std::min<int64_t>(params.total_q, device.num_multiprocessors)
                               : 0;
-  if (blocks + filling > INT32_MAX) {
-    fail("the call is too large for one launch: ", blocks, " blocks of ", plan.spec.tile_m,
-         " query rows");
+  if (std::max(blocks, num_pairs) + filling > INT32_MAX) {
+    fail("the call is too large for one launch: batch_size * num_heads is ", num_pairs, " and has ",
+         blocks, " blocks of ", plan.spec.tile_m, " query rows");
   }
+  args.num_pairs = static_cast<uint32_t>(num_pairs);
+  // Pairs whose keys and values fill an eighth of the L2 cache, since blocks of several groups run
+  // at the same time; query heads of a group share theirs.
+  const int64_t key_bytes = 4 * params.seqlen_k * params.head_dim;
+  const int64_t cached =
+      device.l2_bytes / 8 / std::max<int64_t>(key_bytes, 1) * params.group_size();
+  const uint32_t pairs_per_group =
+      static_cast<uint32_t>(std::clamp<int64_t>(cached, 1, std::max<int64_t>(num_pairs, 1)));
   args.num_attention_blocks = static_cast<uint32_t>(blocks);
+  args.pairs_per_group = FastDivisor(pairs_per_group);
+  args.last_group_pairs = FastDivisor(args.num_pairs % pairs_per_group);
+  args.group_blocks = FastDivisor(args.num_row_blocks * pairs_per_group);
+  args.num_heads = FastDivisor(static_cast<uint32_t>(params.num_heads));
+  args.heads_per_key_head = FastDivisor(static_cast<uint32_t>(params.group_size()));
   plan.shape = {blocks + filling, plan.spec.threads(), plan.spec.shared_bytes()};
   return plan;
 }

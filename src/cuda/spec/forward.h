@@ -54,16 +54,37 @@ struct ForwardSpec {
   }
 };
 
+// What a block of threads computes: rows row_block * tile_m on of one query head.
+struct ForwardBlock {
+  uint32_t batch, head, row_block;
+};
+
 struct ForwardArgs {
   ForwardParams params;
   // Blocks of threads are numbered so that those running together share keys in the L2 cache:
-  // groups of (batch, head) pairs, in a group the blocks of queries from the last to the first (the
+  // groups of (batch, head) pairs, in a group the blocks of rows from the last to the first (the
   // heaviest under a causal mask first), in those the pairs.
-  uint32_t num_query_blocks = 0;  // of the longest sequence
-  uint32_t num_pairs = 0;         // batch * num_heads
-  uint32_t pairs_per_group = 1;
-  uint32_t num_attention_blocks = 0;  // num_query_blocks * num_pairs; those after fill the rows of
-                                      // no sequence
+  uint32_t num_row_blocks = 0;  // of the longest sequence
+  uint32_t num_pairs = 0;       // batch * num_heads
+  FastDivisor pairs_per_group;
+  FastDivisor last_group_pairs;  // of the last group, when it has fewer
+  FastDivisor group_blocks;      // num_row_blocks * pairs_per_group
+  FastDivisor num_heads;
+  FastDivisor heads_per_key_head;
+  uint32_t num_attention_blocks = 0;  // num_row_blocks * num_pairs; those after them fill the rows
+                                      // of no sequence
+
+  FAP_SHARED ForwardBlock block_at(uint32_t index) const {
+    const uint32_t group = group_blocks.quotient(index);
+    const uint32_t rest = index - group * group_blocks.divisor;
+    const uint32_t first_pair = group * pairs_per_group.divisor;
+    const FastDivisor& pairs =
+        first_pair + pairs_per_group.divisor <= num_pairs ? pairs_per_group : last_group_pairs;
+    const uint32_t row_block = pairs.quotient(rest);
+    const uint32_t pair = first_pair + rest - row_block * pairs.divisor;
+    const uint32_t batch = num_heads.quotient(pair);
+    return {batch, pair - batch * num_heads.divisor, num_row_blocks - 1 - row_block};
+  }
 };
 
 }  // namespace flash_attn_plus::cuda

@@ -111,28 +111,6 @@ struct Products {
   }
 };
 
-// Which rows of which head a block of threads computes.
-struct Work {
-  uint32_t batch, head;
-  int first_row;
-  Sequence sequence;
-};
-
-FAP_DEVICE Work find_work(const ForwardArgs& args, uint32_t block) {
-  const uint32_t group_blocks = args.pairs_per_group * args.num_query_blocks;
-  const uint32_t first_pair = block / group_blocks * args.pairs_per_group;
-  const uint32_t pairs = min(args.pairs_per_group, args.num_pairs - first_pair);
-  const uint32_t rest = block % group_blocks;
-  const uint32_t pair = first_pair + rest % pairs;
-  const uint32_t num_heads = static_cast<uint32_t>(args.params.num_heads);
-  Work work;
-  work.batch = pair / num_heads;
-  work.head = pair - work.batch * num_heads;
-  work.first_row = static_cast<int>(args.num_query_blocks - 1 - rest / pairs) * spec.tile_m;
-  work.sequence = sequence_at(args.params, work.batch);
-  return work;
-}
-
 // Steps over the keys [.., ..) of tiles `last` down to `first`.
 struct KeySteps {
   int first, last;            // tiles that some row sees
@@ -214,14 +192,16 @@ FAP_DEVICE void store_output(const Output& out, const ForwardParams& params, QTi
 FAP_DEVICE void finish(const ForwardArgs& args, OnlineSoftmax<kM>& softmax, Output& out,
                        float dropout_scale, QTile q_tile) {
   const ForwardParams& params = args.params;
-  uint32_t block;
-  asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(block));
-  const Work work = find_work(args, block);
-  const int seqlen_q = static_cast<int>(work.sequence.seqlen_q);
+  uint32_t index;
+  asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(index));
+  const ForwardBlock block = args.block_at(index);
+  const Sequence sequence = sequence_at(params, block.batch);
+  const int seqlen_q = static_cast<int>(sequence.seqlen_q);
   const int tile_row = warp_id() * kRowsPerWarp;
-  const int warp_row = work.first_row + tile_row;
-  const float sink =
-      params.s_aux == nullptr ? -kInfinity : params.s_aux[work.head * params.s_aux_stride] * kLog2E;
+  const int warp_row = static_cast<int>(block.row_block) * spec.tile_m + tile_row;
+  const float sink = params.s_aux == nullptr
+                         ? -kInfinity
+                         : params.s_aux[block.head * params.s_aux_stride] * kLog2E;
   softmax.finish();
 #pragma unroll
   for (int slot = 0; slot < 2 * kM; ++slot) {
@@ -229,7 +209,7 @@ FAP_DEVICE void finish(const ForwardArgs& args, OnlineSoftmax<kM>& softmax, Outp
     const float lse = softmax.log2_sum(slot, sink, &inverse) * kLn2;
     const int row = warp_row + lane_id() / 4 + 8 * slot;
     if (lane_id() % 4 == 0 && row < seqlen_q) {
-      params.softmax_lse.set(work.batch, work.head, work.sequence.q_begin + row, lse);
+      params.softmax_lse.set(block.batch, block.head, sequence.q_begin + row, lse);
     }
     if constexpr (spec.dropout) inverse *= dropout_scale;
 #pragma unroll
@@ -238,10 +218,9 @@ FAP_DEVICE void finish(const ForwardArgs& args, OnlineSoftmax<kM>& softmax, Outp
       out[slot / 2][d][slot % 2 * 2 + 1] *= inverse;
     }
   }
-  uint16_t* target = static_cast<uint16_t*>(params.out.data) +
-                     work.batch * params.out.batch_stride +
-                     (work.sequence.q_begin + warp_row) * params.out.row_stride +
-                     work.head * params.out.head_stride;
+  uint16_t* target =
+      static_cast<uint16_t*>(params.out.data) + block.batch * params.out.batch_stride +
+      (sequence.q_begin + warp_row) * params.out.row_stride + block.head * params.out.head_stride;
   store_output(out, params, q_tile, tile_row, target, seqlen_q - warp_row);
 }
 
@@ -255,11 +234,11 @@ extern "C" __global__ void __launch_bounds__(spec.threads(), spec.min_blocks)
     return;
   }
 
-  const Work work = find_work(args, blockIdx.x);
-  const uint32_t batch = work.batch, head = work.head;
-  const Sequence& sequence = work.sequence;
-  const int first_row = work.first_row;
-  const uint32_t head_k = head / static_cast<uint32_t>(params.group_size());
+  const ForwardBlock block = args.block_at(blockIdx.x);
+  const uint32_t batch = block.batch, head = block.head;
+  const Sequence sequence = sequence_at(params, batch);
+  const int first_row = static_cast<int>(block.row_block) * spec.tile_m;
+  const uint32_t head_k = args.heads_per_key_head.quotient(head);
   const int seqlen_q = static_cast<int>(sequence.seqlen_q);
   const int seqlen_k = static_cast<int>(sequence.seqlen_k);
   if (first_row >= seqlen_q) return;
