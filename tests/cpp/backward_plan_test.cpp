@@ -156,7 +156,8 @@ TEST(BackwardAccumulatorTest, SequencesHaveBlocksOfTheirOwn) {
     for (int64_t head = 0; head < params.num_heads; ++head) {
       for (int64_t i = 0; i < params.batch; ++i) {
         const int64_t length = cu_seqlens[i + 1] - cu_seqlens[i];
-        const int64_t first = plan.args.first_accumulator_block(i, head, cu_seqlens[i]);
+        const int64_t first =
+            plan.args.first_accumulator_block(i, cu_seqlens[i]) + head * plan.args.blocks_per_head;
         for (int64_t row = 0; row < length; row += plan.main.tile_m) {
           const int64_t block = first + row / plan.main.tile_m;
           ASSERT_GE(block, 0);

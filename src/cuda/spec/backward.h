@@ -32,10 +32,12 @@ struct BackwardSpec {
   bool vector_add = false;     // four numbers in one addition to memory: compute capability 9.0
 
   FAP_SHARED constexpr int threads() const { return num_warps * 32; }
+  // Log-sum-exp and D of two steps' rows; what a block of threads works on.
   FAP_SHARED constexpr int row_buffer_bytes() const { return 2 * 2 * tile_m * 4; }
+  FAP_SHARED constexpr int place_bytes() const { return 4 * 16; }
   FAP_SHARED constexpr int shared_bytes() const {
     return ((q_stages + do_stages) * tile_m + 2 * tile_n) * padded_row_bytes(head_dim) +
-           2 * tile_m * padded_row_bytes(tile_n) + row_buffer_bytes();
+           2 * tile_m * padded_row_bytes(tile_n) + row_buffer_bytes() + place_bytes();
   }
 
   constexpr bool operator==(const BackwardSpec&) const = default;
@@ -154,10 +156,11 @@ struct BackwardArgs {
   // Convert.
   uint32_t num_query_blocks = 0;  // of the longest sequence
 
-  // The block of the accumulator that holds the sequence's first rows of a head.
-  FAP_SHARED int64_t first_accumulator_block(int64_t batch, int64_t head, int64_t q_begin) const {
-    if (params.cu_seqlens_q == nullptr) return (batch * params.num_heads + head) * blocks_per_head;
-    return head * blocks_per_head + q_begin / tile_m + batch;
+  // The block of the accumulator that holds the first rows of a sequence, of head 0; a head's
+  // blocks lie blocks_per_head behind those of the one before.
+  FAP_SHARED int64_t first_accumulator_block(int64_t batch, int64_t q_begin) const {
+    if (params.cu_seqlens_q == nullptr) return batch * params.num_heads * blocks_per_head;
+    return q_begin / tile_m + batch;
   }
 };
 

@@ -22,10 +22,9 @@ extern "C" __global__ void __launch_bounds__(spec.threads())
   const int rows = static_cast<int>(sequence.seqlen_q) - first_row;
   if (rows <= 0) return;
 
-  const float* block =
-      args.accumulator +
-      (args.first_accumulator_block(batch, head, sequence.q_begin) + first_row / spec.tile_m) *
-          (spec.tile_m * spec.head_dim);
+  const int64_t block_number = args.first_accumulator_block(batch, sequence.q_begin) +
+                               head * args.blocks_per_head + first_row / spec.tile_m;
+  const float* block = args.accumulator + block_number * (spec.tile_m * spec.head_dim);
   constexpr int kRow16 = spec.tile_m / 16, kCol8 = spec.head_dim / 8;
   const int warp = warp_id(), lane = lane_id();
 #pragma unroll 4

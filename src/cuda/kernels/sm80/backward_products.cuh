@@ -53,11 +53,16 @@ using RowsOfB = OperandReader<T, false, false>;
 template <typename T>
 using ColumnsOfB = OperandReader<T, false, true>;
 
-// lane_id(), read again every time.
+// lane_id() and threadIdx.x, read again every time.
 FAP_DEVICE int read_lane() {
   int lane;
   asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
   return lane;
+}
+FAP_DEVICE int read_thread() {
+  int thread;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  return thread;
 }
 
 // c += a b over a depth of kDepth.
@@ -135,48 +140,39 @@ FAP_DEVICE void add_fragments(const Fragments<kM, kN>& x, float* block, int row1
   }
 }
 
-// How threads share the rows of a tile: kSide of them side by side on a row, as many as divide its
-// chunks of 16 bytes evenly.
-template <typename T, int kThreads>
-struct Sharing {
-  static constexpr int kSide = T::kChunks % 16 == 0  ? 16
-                               : T::kChunks % 8 == 0 ? 8
-                               : T::kChunks % 4 == 0 ? 4
-                                                     : 2;
-  static constexpr int kRowsAtOnce = kThreads / kSide;
-  static_assert(T::kChunks % kSide == 0 && kThreads % kSide == 0);
-};
-
 // Reads rows [begin, end) of a tile, the tile's row 0 being at `source`. Other rows, and columns
 // from head_dim on, become zeros and are not read. Copies of 16 bytes are asynchronous: commit and
 // wait.
 template <Access kAccess, int kThreads, typename T>
 FAP_DEVICE void load_rows(T tile, int thread, int head_dim, const uint16_t* source,
                           int64_t row_stride, int begin, int end) {
-  using Shares = Sharing<T, kThreads>;
-  const int first_row = thread / Shares::kSide, first_col = thread % Shares::kSide * 8;
+  using Sharing = RowSharing<T, kThreads>;
+  static_assert(Sharing::kRowsAtOnce % 8 == 0);  // a thread's rows are constants apart in the tile
+  const int first_row = thread / Sharing::kSide, first_col = thread % Sharing::kSide * 8;
+  const uint32_t destination = tile.at(first_row, first_col);
+  const uint32_t row_in_range = static_cast<uint32_t>(first_row - begin);
+  const uint32_t range = static_cast<uint32_t>(max(end - begin, 0));
   source += first_row * row_stride + first_col;
 #pragma unroll
-  for (int r = 0; r < T::kRows; r += Shares::kRowsAtOnce) {
-    const int row = r + first_row;
-    if (T::kRows % Shares::kRowsAtOnce != 0 && row >= T::kRows) break;
-    const bool valid = begin <= row && row < end;
+  for (int r = 0; r < T::kRows; r += Sharing::kRowsAtOnce) {
+    if (T::kRows % Sharing::kRowsAtOnce != 0 && r + first_row >= T::kRows) break;
+    const bool valid = row_in_range + r < range;
 #pragma unroll
-    for (int c = 0; c < T::kCols; c += 8 * Shares::kSide) {
-      const uint32_t destination = tile.at(row, first_col + c);
+    for (int c = 0; c < T::kCols; c += 8 * Sharing::kSide) {
+      const uint32_t target = destination + r * T::kRowBytes + c * 2;
       if constexpr (kAccess == Access::kElement) {
 #pragma unroll
         for (int i = 0; i < 8; ++i) {
           const bool there = valid && first_col + c + i < head_dim;
-          store_shared(destination + 2 * i, there ? source[c + i] : uint16_t{0});
+          store_shared(target + 2 * i, there ? source[c + i] : uint16_t{0});
         }
       } else {
         const bool there = valid && (kAccess == Access::kWhole || first_col + c < head_dim);
-        copy_async16(destination, source + c, there);
+        copy_async16(target, source + c, there);
       }
     }
     // One pointer that moves on: left alone, the compiler keeps one for each row in registers.
-    source += Shares::kRowsAtOnce * row_stride;
+    source += Sharing::kRowsAtOnce * row_stride;
     asm volatile("" : "+l"(source));
   }
 }
@@ -185,12 +181,12 @@ FAP_DEVICE void load_rows(T tile, int thread, int head_dim, const uint16_t* sour
 template <Access kAccess, int kThreads, typename T>
 FAP_DEVICE void store_rows(T tile, int thread, int head_dim, uint16_t* target, int64_t row_stride,
                            int end) {
-  using Shares = Sharing<T, kThreads>;
-  const int first_col = thread % Shares::kSide * 8;
-  for (int row = thread / Shares::kSide; row < min(T::kRows, end); row += Shares::kRowsAtOnce) {
+  using Sharing = RowSharing<T, kThreads>;
+  const int first_col = thread % Sharing::kSide * 8;
+  for (int row = thread / Sharing::kSide; row < min(T::kRows, end); row += Sharing::kRowsAtOnce) {
     uint16_t* target_row = target + row * row_stride;
 #pragma unroll
-    for (int c = first_col; c < T::kCols; c += 8 * Shares::kSide) {
+    for (int c = first_col; c < T::kCols; c += 8 * Sharing::kSide) {
       const uint4 x = load_shared16(tile.at(row, c));
       if constexpr (kAccess == Access::kElement) {
         const uint32_t words[4] = {x.x, x.y, x.z, x.w};

@@ -82,19 +82,18 @@ FAP_DEVICE void differentiate_scores(Fragments<kM, kN>& s, Fragments<kM, kN>& dp
 }
 
 // Zeroes what a row does not see: whatever the operands were, it is 0 and not NaN. Rows outside
-// `rows` see nothing. `row` and `column` are the first of the warp's part.
+// [rows_begin, rows_end) see nothing. `row` and `column` are the first of the warp's part.
 template <int kM, int kN>
-FAP_DEVICE void hide_entries(Fragments<kM, kN>& p, Fragments<kM, kN>& ds, const Mask& mask,
-                             Range rows, int row, int column) {
-  const int lane = lane_id();
-  const int first = column + lane % 4 * 2;
+FAP_DEVICE void hide_entries(Fragments<kM, kN>& p, Fragments<kM, kN>& ds, const KeyBounds& bounds,
+                             int rows_begin, int rows_end, int row, int column, int lane) {
+  const int first_row = row + lane / 4, first_key = column + lane % 4 * 2;
 #pragma unroll
   for (int slot = 0; slot < 2 * kM; ++slot) {
-    const int query = row + lane / 4 + 8 * slot;
-    const Range visible = mask.visible_keys(query);
-    const bool sees = rows.begin <= query && query < rows.end;
-    const int begin = static_cast<int>(visible.begin) - first;
-    const int end = sees ? static_cast<int>(visible.end) - first : begin;
+    const int query = first_row + 8 * slot;
+    const int diagonal = query + bounds.offset - first_key;
+    const int begin = diagonal - bounds.left;
+    const bool sees = rows_begin <= query && query < rows_end;
+    const int end = sees ? min(bounds.seqlen_k - first_key, diagonal + bounds.right + 1) : -1;
 #pragma unroll
     for (int n = 0; n < kN; ++n) {
 #pragma unroll
