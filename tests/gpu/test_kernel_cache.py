@@ -1,4 +1,4 @@
-"""The cache of compiled kernels: cold, shared by processes, damaged, and where nothing can be kept."""
+"""Compiled kernels on the disk: cold, shared by processes, damaged, and no place for them."""
 
 import os
 import subprocess
