@@ -197,6 +197,8 @@ TEST_F(CudaApiTest, OldDevicesAreRefused) {
   expect_refused(&fap_forward_supports, args, "has 7.5");
   setenv("FAKE_CUDA_ARCH", "80", 1);
   EXPECT_EQ(fap_forward_supports(&args), FAP_OK) << fap_last_error();
+  unsetenv("FAKE_CUDA_DEVICES");
+  unsetenv("FAKE_CUDA_ARCH");
 }
 
 TEST_F(CudaApiTest, EmptyCallsRun) {
