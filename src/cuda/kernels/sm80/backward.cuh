@@ -74,7 +74,7 @@ extern "C" __global__ void __launch_bounds__(spec.threads(), spec.min_blocks)
     block.load_queries(params.q, shared.q(0), step);
     block.load_queries(params.dout, shared.dout(0), step);
     block.load_row_values(row_values, step);
-    block.store_row_values(row_values, 0);
+    block.store_row_values(row_values);
     copy_async_commit();
   }
 
@@ -121,9 +121,8 @@ extern "C" __global__ void __launch_bounds__(spec.threads(), spec.min_blocks)
       const ScoreTransform transform(params, spec.softcap, place.batch, head);
       const int row = step.block * spec.tile_m + score_row, column = keys.first + score_col;
       differentiate_scores<spec.softcap, spec.alibi, spec.dropout, spec.tile_m>(
-          s, dp, shared.rows(step.number) + score_row * 4, transform, keys.seqlen_k - keys.seqlen_q,
-          dropout, static_cast<uint32_t>(place.batch), static_cast<uint32_t>(head), row, column,
-          lane);
+          s, dp, shared.rows() + score_row * 4, transform, keys.seqlen_k - keys.seqlen_q, dropout,
+          static_cast<uint32_t>(place.batch), static_cast<uint32_t>(head), row, column, lane);
       if (block.needs_mask(step)) {
         const Queries queries = shared.queries();
         hide_entries(s, dp, KeyBounds(block.mask(shared.keys())), queries.begin, queries.end, row,
@@ -132,9 +131,9 @@ extern "C" __global__ void __launch_bounds__(spec.threads(), spec.min_blocks)
       store_fragments<spec.dtype>(s, shared.p(), score_row, score_col, lane);
       store_fragments<spec.dtype>(dp, shared.ds(), score_row, score_col, lane);
     }
-    if (has_next) block.store_row_values(row_values, next.number);
     if constexpr (spec.deterministic) block.wait_for_turn(step);
     __syncthreads();
+    if (has_next) block.store_row_values(row_values);  // all have read those of this step
 
     const int lane = read_lane(), warp = read_thread() / 32;
     const int key_row = warp / kKeyWarpsD * (16 * kKeyN);

@@ -74,9 +74,7 @@ struct SharedMemory {
   FAP_DEVICE ScoreTile p() const { return {base + kScores}; }
   FAP_DEVICE ScoreTile ds() const { return {base + kScores + ScoreTile::kBytes}; }
   // tile_m log-sum-exps (in log2), then as many softmax_d.
-  FAP_DEVICE uint32_t rows(int step) const {
-    return base + kRows + step % 2 * (2 * spec.tile_m * 4);
-  }
+  FAP_DEVICE uint32_t rows() const { return base + kRows; }
 
   template <int kIndex, typename T>
   FAP_DEVICE void set(const T& x) const {
@@ -213,12 +211,12 @@ struct KeyBlock {
       }
     }
   }
-  FAP_DEVICE void store_row_values(const float (&values)[kRowValues], int step) const {
+  FAP_DEVICE void store_row_values(const float (&values)[kRowValues]) const {
     const int thread = read_thread();
 #pragma unroll
     for (int x = 0; x < kRowValues; ++x) {
       const int i = thread + x * spec.threads();
-      if (i < 2 * spec.tile_m) store_shared(shared.rows(step) + i * 4, __float_as_uint(values[x]));
+      if (i < 2 * spec.tile_m) store_shared(shared.rows() + i * 4, __float_as_uint(values[x]));
     }
   }
 
