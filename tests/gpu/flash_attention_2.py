@@ -21,32 +21,47 @@ import tempfile
 import time
 from pathlib import Path
 
-# Loaded into pytest by name: keeps the cases of its piece, and writes down what became of each.
+# Loaded into pytest by name. It keeps a sample of each test's cases before they become items, which
+# would take minutes, and writes down what became of each.
 PLUGIN = """
 import json, os, random
-def pytest_collection_modifyitems(config, items):
-    sample = random.Random(int(os.environ["FA2_SEED"]))
-    pattern = os.environ["FA2_ONLY"]
-    chosen = [item for item in items if pattern in item.nodeid]
-    chosen = sample.sample(chosen, min(int(os.environ["FA2_CASES"]), len(chosen)))
-    piece, pieces = map(int, os.environ["FA2_PIECE"].split("/"))
-    items[:] = chosen[piece::pieces]
+import pytest
+
+SAMPLE = json.loads(os.environ["FA2_SAMPLE"])  # cases to keep by test; none: only count them
+PIECE, PIECES = map(int, os.environ["FA2_PIECE"].split("/"))
+
+def write(row):
+    with open(os.environ["FA2_RESULTS"], "a") as file:
+        file.write(json.dumps(row) + "\\n")
+
+@pytest.hookimpl(wrapper=True)
+def pytest_generate_tests(metafunc):
+    yield
+    name, calls = metafunc.function.__name__, metafunc._calls
+    if not SAMPLE:
+        write([name, len(calls)])
+        del calls[1:]
+        return
+    chosen = random.Random(os.environ["FA2_SEED"] + name).sample(calls, SAMPLE.get(name, 0))
+    calls[:] = chosen[PIECE::PIECES]
+
+def pytest_collection_modifyitems(items):
+    items[:] = [item for item in items if hasattr(item, "callspec")]  # those with cases left
+
 def pytest_runtest_logreport(report):
     if report.when == "call" or report.outcome != "passed":
         text = str(report.longrepr or "").strip().splitlines()
         errors = [line[1:].strip() for line in text if line.startswith("E ")]
-        reason = (errors or text[-1:] or [""])[0][:300]
-        with open(os.environ["FA2_RESULTS"], "a") as file:
-            file.write(json.dumps([report.nodeid, report.outcome, reason]) + "\\n")
+        write([report.nodeid, report.outcome, (errors or text[-1:] or [""])[0][:300]])
 """
 
 
-def run_piece(path, options, piece, directory):
+def run_piece(path, options, piece, directory, sample):
+    """The rows that the plugin wrote, and what pytest said."""
     results = Path(directory, f"{piece}.jsonl")
     environment = os.environ | {
         "FA2_SEED": str(options.seed),
-        "FA2_ONLY": options.only,
-        "FA2_CASES": str(options.cases),
+        "FA2_SAMPLE": json.dumps(sample),
         "FA2_PIECE": f"{piece}/{options.workers}",
         "FA2_RESULTS": str(results),
         "PYTHONPATH": os.pathsep.join([directory, os.environ.get("PYTHONPATH", "")]),
@@ -54,6 +69,7 @@ def run_piece(path, options, piece, directory):
     command = [sys.executable, "-m", "pytest", "-q"]
     command += ["--maxfail=1"] if options.first else []
     command += ["-p", "fa2_sample", "-p", "no:cacheprovider", "--rootdir", directory, "--tb=short"]
+    command += [] if sample else ["--collect-only"]
     process = subprocess.Popen(
         [*command, str(path)],
         env=environment,
@@ -90,10 +106,22 @@ def main():
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as directory:
         Path(directory, "fa2_sample.py").write_text(PLUGIN)
+        rows, output = run_piece(path, options, 0, directory, {})
+    counts = {name: count for name, count in rows if options.only in name}
+    total = sum(counts.values())
+    if not total:
+        print(output[-3000:])
+        return 1
+    share = min(1.0, options.cases / total)
+    sample = {name: min(count, round(share * count) + 1) for name, count in counts.items()}
+    print(f"{total} cases in {len(counts)} tests, {sum(sample.values())} of them run", flush=True)
+    with tempfile.TemporaryDirectory() as directory:
+        Path(directory, "fa2_sample.py").write_text(PLUGIN)
         with concurrent.futures.ThreadPoolExecutor(options.workers) as executor:
             pieces = list(
                 executor.map(
-                    lambda piece: run_piece(path, options, piece, directory), range(options.workers)
+                    lambda piece: run_piece(path, options, piece, directory, sample),
+                    range(options.workers),
                 )
             )
     results = [row for rows, _ in pieces for row in rows]
