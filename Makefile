@@ -21,9 +21,9 @@ cmake := $(bin)/cmake
 ctest := $(bin)/ctest
 
 python_sources := $(shell find flash_attn -name '*.py' -o -name '*.pyi' -o -name py.typed)
-core_sources := $(shell find include src -type f) CMakeLists.txt
+core_sources := $(shell find include src cmake -type f) CMakeLists.txt
 package_sources := pyproject.toml README.md flash_attn_2_cuda.py $(python_sources) $(core_sources)
-cpp_files := $(shell find include src tests examples -name '*.h' -o -name '*.cpp' -o -name '*.c')
+cpp_files := $(shell find include src tests examples -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.c')
 
 # ---- environment ----------------------------------------------------------------------------------
 
@@ -91,7 +91,7 @@ wheel: $(VENV)/.torch  ## one wheel for every Python, in dist/
 # ---- tests ----------------------------------------------------------------------------------------
 
 .PHONY: test
-test: lint test-cpp test-sanitizers test-python  ## everything below, as CI runs it
+test: lint test-cpp test-sanitizers test-kernels test-python  ## everything below, as CI runs it
 
 .PHONY: lint
 lint: $(VENV)/.tools  ## formatting and static checks
@@ -148,6 +148,11 @@ test-aarch64: $(VENV)/.tools  ## the C++ tests built for aarch64 and emulated (s
 	  -DGTest_ROOT=$(CURDIR)/build/aarch64/prefix
 	$(cmake) --build build/aarch64/core -j $(JOBS)
 	$(ctest) --test-dir build/aarch64/core --progress --output-on-failure -j $(JOBS)
+
+# Ten minutes at most; build/kernels keeps what was compiled for the next run.
+.PHONY: test-kernels
+test-kernels: $(VENV)/.package $(VENV)/.tools  ## the CUDA kernels compiled for every architecture, without a GPU
+	$(bin)/python tests/kernels/compile_matrix.py --jobs $(JOBS)
 
 # C++ and Python tests together; in one process, because the workers of pytest-xdist do not exit in the
 # way that writes the counters.
