@@ -26,10 +26,13 @@ int plan_splits(int64_t num_items, int64_t num_keys, int64_t num_units) {
   // that reach the least of it.
   const int64_t most =
       std::clamp<int64_t>(std::min(ceil_div(num_keys, kSplitGranule), num_units), 1, kMaxSplits);
+  const int64_t items = std::max<int64_t>(num_items, 1);
   int best = 1;
   int64_t best_time = std::numeric_limits<int64_t>::max();
   for (int splits = 1; splits <= most; ++splits) {
-    const int64_t waves = ceil_div(std::max<int64_t>(num_items, 1) * splits, num_units);
+    // More parts take at least their share of the units, which only grows.
+    if (splits > 1 && items * (num_keys + splits * kSplitCost) >= best_time * num_units) break;
+    const int64_t waves = ceil_div(items * splits, num_units);
     const int64_t keys = split_range({0, num_keys}, splits, 0).size();
     const int64_t time = waves * (keys + (splits == 1 ? 0 : kSplitCost));
     if (time < best_time) {

@@ -49,7 +49,7 @@ DecodeSpec choose(const Kind& kind, const DeviceProperties& device) {
   // Kinds that are rare share a kernel that can do more.
   spec.transformed = kind.transformed || kind.access != Access::kWhole;
   spec.tile_m = kind.access == Access::kElement || kind.rows <= 16 ? 16 : kind.rows <= 32 ? 32 : 64;
-  spec.step_keys = kind.head_dim <= 64 ? 32 : 16;
+  spec.step_keys = kind.head_dim < 64 ? 32 : 16;
   for (spec.streams = 64 / spec.tile_m; spec.streams >= 1; spec.streams /= 2) {
     for (spec.min_blocks = 2; spec.min_blocks >= 1; --spec.min_blocks) {
       const int shared = std::min(device.max_shared_per_block,
