@@ -93,6 +93,17 @@ bool fits(const DecodePlan& plan) {
          plan.shape.blocks <= kMost;
 }
 
+int choose_splits(const ForwardParams& params, int64_t items, int64_t units) {
+  const int64_t keys = most_visible_keys(params);
+  const int splits = plan_splits(items, keys, units);
+  // One sequence may be much longer than the others, which is not known here: what a block reads is
+  // bounded, at a cost of less than a hundredth.
+  constexpr int64_t kMostKeys = 16384;
+  const bool lengths_vary = params.seqused_k != nullptr || params.cu_seqlens_k != nullptr;
+  if (!lengths_vary) return splits;
+  return static_cast<int>(std::clamp<int64_t>(ceil_div(keys, kMostKeys), splits, kMaxSplits));
+}
+
 // For measurements (benchmarks/tune_decode.py):
 // FLASH_ATTN_PLUS_DECODE_TILES="streams,step_keys,stages,min_blocks,num_splits"; 0 leaves a number
 // as it is. Only a process that starts with the variable set looks at it again.
@@ -137,8 +148,8 @@ std::optional<DecodePlan> plan_decode(const ForwardParams& params, const DeviceP
   const int64_t row_tiles = ceil_div(rows, spec.tile_m);
   const int64_t items = params.batch * params.num_heads_k * row_tiles;
   const int64_t units = int64_t{device.num_multiprocessors} * spec.min_blocks;
-  const int num_splits = wanted_splits > 0 ? std::min(wanted_splits, kMaxSplits)
-                                           : plan_splits(items, most_visible_keys(params), units);
+  const int num_splits =
+      wanted_splits > 0 ? std::min(wanted_splits, kMaxSplits) : choose_splits(params, items, units);
   plan.args.num_row_tiles = static_cast<uint32_t>(row_tiles);
   plan.args.num_splits = static_cast<uint32_t>(num_splits);
   plan.args.num_rows = params.batch * params.num_heads_k * rows;

@@ -98,6 +98,15 @@ TEST(DecodePlan, SplitsFillTheMachineOnce) {
   EXPECT_EQ(plan_decode(call(1, 1, 32, 8, 128, 60), device)->args.num_splits, 1u);
 }
 
+TEST(DecodePlan, BoundsWhatOneLongSequenceCosts) {
+  const DeviceProperties device = typical_device(90);
+  ForwardParams params = call(64, 1, 32, 8, 128, 131072);
+  EXPECT_EQ(plan_decode(params, device)->args.num_splits, 1u);
+  const int32_t lengths[64] = {};
+  params.seqused_k = lengths;
+  EXPECT_EQ(plan_decode(params, device)->args.num_splits, 8u);
+}
+
 TEST(DecodePlan, TakesTheNumberOfSplitsThatIsGiven) {
   const DeviceProperties device = typical_device(90);
   for (const int splits : {1, 3, 128, 1000}) {
