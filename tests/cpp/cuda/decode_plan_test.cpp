@@ -100,9 +100,10 @@ TEST(DecodePlan, SplitsFillTheMachineOnce) {
 
 TEST(DecodePlan, BoundsWhatOneLongSequenceCosts) {
   const DeviceProperties device = typical_device(90);
-  ForwardParams params = call(64, 1, 32, 8, 128, 131072);
+  // Two waves of blocks without a split.
+  ForwardParams params = call(66, 1, 32, 8, 128, 131072);
   EXPECT_EQ(plan_decode(params, device)->args.num_splits, 1u);
-  const int32_t lengths[64] = {};
+  const int32_t lengths[66] = {};
   params.seqused_k = lengths;
   EXPECT_EQ(plan_decode(params, device)->args.num_splits, 8u);
 }
