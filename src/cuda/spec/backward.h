@@ -34,7 +34,7 @@ struct BackwardSpec {
   FAP_SHARED constexpr int threads() const { return num_warps * 32; }
   // Log-sum-exp and D of a step's rows; what a block of threads works on.
   FAP_SHARED constexpr int row_buffer_bytes() const { return 2 * tile_m * 4; }
-  FAP_SHARED constexpr int place_bytes() const { return 4 * 16; }
+  FAP_SHARED constexpr int place_bytes() const { return 5 * 16; }
   FAP_SHARED constexpr int shared_bytes() const {
     return ((q_stages + do_stages) * tile_m + 2 * tile_n) * padded_row_bytes(head_dim) +
            2 * tile_m * padded_row_bytes(tile_n) + row_buffer_bytes() + place_bytes();

@@ -60,9 +60,6 @@ extern "C" __global__ void __launch_bounds__(spec.threads(), spec.min_blocks)
   const KeyBlock block{args, params, shared};
   if (!block.find(number)) return;
 
-  Dropout dropout;
-  if constexpr (spec.dropout) dropout = make_dropout(params);
-
   Fragments<kKeyN, kKeyD> dk, dv;
   set_zero(dk);
   set_zero(dv);
@@ -89,19 +86,7 @@ extern "C" __global__ void __launch_bounds__(spec.threads(), spec.min_blocks)
     const Steps steps = shared.steps();
     const Step next = step.next(steps);
     const bool has_next = next.head < steps.num_heads;
-    // A branch of its own: among the products the addresses would take the last registers.
     float row_values[kRowValues];
-    if (has_next) {
-      if constexpr (spec.q_stages == 2) {
-        block.load_queries(params.q, shared.q(next.number), next);
-      }
-      if constexpr (spec.do_stages == 2) {
-        block.load_queries(params.dout, shared.dout(next.number), next);
-      }
-      block.load_row_values(row_values, next);
-    }
-    copy_async_commit();
-
     const QTile q = shared.q(step.number), dout = shared.dout(step.number);
     {
       Fragments<kScoreM, kScoreN> s, dp;
@@ -115,9 +100,24 @@ extern "C" __global__ void __launch_bounds__(spec.threads(), spec.min_blocks)
       multiply_add<spec.dtype, spec.head_dim>(dp, RowsOfA<QTile>(dout, score_row, 0, lane),
                                               RowsOfB<KTile>(shared.v(), score_col, 0, lane));
 
+      // Behind the products, whose results are on the way: before them it would hold them up, and
+      // among them the addresses would take the last registers.
+      if (has_next) {
+        if constexpr (spec.q_stages == 2) {
+          block.load_queries(params.q, shared.q(next.number), next);
+        }
+        if constexpr (spec.do_stages == 2) {
+          block.load_queries(params.dout, shared.dout(next.number), next);
+        }
+        block.load_row_values(row_values, next);
+      }
+      copy_async_commit();
+
       const Place place = shared.place();
       const Keys keys = shared.keys();
       const int head = block.head(place, step);
+      Dropout dropout;
+      if constexpr (spec.dropout) dropout = shared.dropout();
       const ScoreTransform transform(params, spec.softcap, place.batch, head);
       const int row = step.block * spec.tile_m + score_row, column = keys.first + score_col;
       differentiate_scores<spec.softcap, spec.alibi, spec.dropout, spec.tile_m>(
@@ -149,20 +149,20 @@ extern "C" __global__ void __launch_bounds__(spec.threads(), spec.min_blocks)
                                             ColumnsOfA<ScoreTile>(shared.ds(), 0, key_row, lane),
                                             ColumnsOfB<QTile>(q, 0, key_col, lane));
     };
-    const auto add_dq = [&] {
+    // `meanwhile` runs while the results are on the way.
+    const auto add_dq = [&](auto meanwhile) {
       Fragments<kQueryM, kQueryD> dq;
       set_zero(dq);
       multiply_add<spec.dtype, spec.tile_n>(dq, RowsOfA<ScoreTile>(shared.ds(), query_row, 0, lane),
                                             ColumnsOfB<KTile>(shared.k(), 0, query_col, lane));
+      meanwhile();
       add_fragments<spec.vector_add, spec.head_dim>(
           dq,
           args.accumulator + int64_t{block.accumulator_block(step)} * (spec.tile_m * spec.head_dim),
           query_row / 16, query_col / 8, lane);
     };
-    // A tile with one buffer is loaded again as soon as nobody reads it any more, under the
-    // products that are left.
+    // A tile with one buffer is loaded again as soon as nobody reads it any more.
     const auto load_again = [&](bool with_q) {
-      __syncthreads();
       if (has_next) {
         if (with_q) block.load_queries(params.q, q, next);
         block.load_queries(params.dout, dout, next);
@@ -170,19 +170,19 @@ extern "C" __global__ void __launch_bounds__(spec.threads(), spec.min_blocks)
       copy_async_commit();
     };
     if constexpr (spec.do_stages == 2) {
-      add_dq();
+      add_dq([] {});
       add_dv();
       add_dk();
     } else if constexpr (spec.q_stages == 2) {
       add_dv();
-      load_again(false);
-      add_dq();
+      __syncthreads();
+      add_dq([&] { load_again(false); });
       add_dk();
     } else {
       add_dv();
       add_dk();
-      load_again(true);
-      add_dq();
+      __syncthreads();
+      add_dq([&] { load_again(true); });
     }
   }
 
@@ -203,7 +203,7 @@ extern "C" __global__ void __launch_bounds__(spec.threads(), spec.min_blocks)
     }
   };
   scale(dk, params.softmax_scale);
-  if constexpr (spec.dropout) scale(dv, dropout.scale);
+  if constexpr (spec.dropout) scale(dv, shared.dropout().scale);
   const int warp = warp_id();
   const int key_row = warp / kKeyWarpsD * (16 * kKeyN);
   const int key_col = warp % kKeyWarpsD * (8 * kKeyD);

@@ -2,6 +2,7 @@
 // the steps over the queries that see them; where all of it lies, and how it comes and goes.
 #pragma once
 
+#include "attention/dropout.h"
 #include "attention/sequence.h"
 #include "cuda/kernels/scores.cuh"
 #include "cuda/kernels/sm80/backward_products.cuh"
@@ -89,6 +90,7 @@ struct SharedMemory {
   FAP_DEVICE Queries queries() const { return get<1, Queries>(); }
   FAP_DEVICE Keys keys() const { return get<2, Keys>(); }
   FAP_DEVICE Steps steps() const { return get<3, Steps>(); }
+  FAP_DEVICE Dropout dropout() const { return get<4, Dropout>(); }
 };
 
 // Rows of k that a sequence has, in use or not.
@@ -138,6 +140,7 @@ struct KeyBlock {
                           (static_cast<int>(seeing.end) + spec.tile_m - 1) / spec.tile_m - 1,
                           seeing.empty() ? 0 : static_cast<int>(args.group_size),
                           static_cast<int>(sequence.k_begin) + first_key});
+      if constexpr (spec.dropout) shared.set<4>(make_dropout(params));
     }
     __syncthreads();
     return true;
