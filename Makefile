@@ -154,6 +154,23 @@ test-aarch64: $(VENV)/.tools  ## the C++ tests built for aarch64 and emulated (s
 test-kernels: $(VENV)/.package $(VENV)/.tools  ## the CUDA kernels compiled for every architecture, without a GPU
 	$(bin)/python tests/kernels/compile_matrix.py --jobs $(JOBS)
 
+# Needs an NVIDIA GPU and a CUDA build of torch in .venv: make test-gpu TORCH=torch. Every process has a
+# CUDA context of its own, which takes half a gigabyte of the GPU's memory.
+GPU_JOBS ?= 8
+# FlashAttention-2's tests/test_flash_attn.py, to run a sample of its cases too.
+FA2 ?=
+
+.PHONY: test-gpu
+test-gpu: export FLASH_ATTENTION_USE_FLAGGEMS = FALSE
+test-gpu: $(VENV)/.package $(VENV)/.tools  ## everything that needs an NVIDIA GPU (TORCH=torch, FA2=path)
+	$(bin)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available() and "torch sees no NVIDIA GPU")'
+	$(bin)/python benchmarks/check_gpu.py --part correctness --workers $(GPU_JOBS)
+	$(bin)/pytest -n $(GPU_JOBS) --device cuda tests/python
+	$(bin)/pytest tests/gpu
+	$(bin)/python tests/gpu/random_configurations.py --workers $(GPU_JOBS)
+	$(bin)/python tests/gpu/sanitize.py --workers $(GPU_JOBS)
+	test -z "$(FA2)" || $(bin)/python tests/gpu/flash_attention_2.py "$(FA2)" --workers $(GPU_JOBS)
+
 # C++ and Python tests together; in one process, because the workers of pytest-xdist do not exit in the
 # way that writes the counters.
 .PHONY: coverage

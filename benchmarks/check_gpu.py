@@ -294,7 +294,8 @@ def main():
             options.output.with_suffix(".md").write_text("\n".join(LINES) + "\n")
             text = json.dumps(facts | results, indent=1, default=str)
             options.output.with_suffix(".json").write_text(text + "\n")
+    return 1 if any("error" in row for rows in results.values() for row in rows) else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -24,6 +24,7 @@ PEERS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTIO
 
 def setup():
     torch.set_num_threads(1)
+    flash_attn.set_backend("native")
 
 
 def run(item):

@@ -46,6 +46,18 @@ def _is_for_the_cpu(item):
     )
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _native_backend(request):
+    if request.config.getoption("--device") == "cpu":
+        yield
+        return
+    from flash_attn import set_backend
+
+    set_backend("native")
+    yield
+    set_backend(None)
+
+
 @pytest.fixture(autouse=True)
 def _seed_and_threads():
     torch.manual_seed(0)
