@@ -28,6 +28,11 @@ def dtype_id(dtype):
     return DTYPE_NAMES[dtype]
 
 
+def randn(*shape, dtype=DTYPE, **options):
+    """torch.randn in a dtype that the device's kernels know."""
+    return torch.randn(*shape, **options).to(dtype)
+
+
 def new_generator(seed):
     """Of random numbers on the device."""
     return torch.Generator(DEVICE).manual_seed(seed)

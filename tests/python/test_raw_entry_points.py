@@ -4,7 +4,7 @@ import inspect
 
 import pytest
 import torch
-from checks import cumulative
+from checks import cumulative, randn
 from client_calls import BATCH, HEAD_DIM, HEADS, HEADS_K, check_out, qkv, reference_gradients
 
 from flash_attn import flash_attn_interface
@@ -57,7 +57,7 @@ def test_raw_dense(dropout_p, given):
     else:
         assert s_dmask.shape == (0,)
     check_out(out, q, k, v, **options)
-    dout = torch.randn(out.shape)
+    dout = randn(out.shape)
     dq, dk, dv, softmax_d = results = raw.bwd(
         dout,
         q,
@@ -119,7 +119,7 @@ def test_raw_varlen():
         None,
     )
     assert lse.shape == (HEADS, 16) and s_dmask.shape == (0,)
-    dout = torch.randn(out.shape)
+    dout = randn(out.shape)
     dq, dk, dv, softmax_d = raw.varlen_bwd(
         dout,
         q,
@@ -166,7 +166,7 @@ def test_raw_kvcache():
     import flash_attn_2_cuda as raw
 
     q, k, v = qkv(1)
-    k_cache, v_cache = (torch.randn(BATCH, 20, HEADS_K, HEAD_DIM) for _ in range(2))
+    k_cache, v_cache = (randn(BATCH, 20, HEADS_K, HEAD_DIM) for _ in range(2))
     lengths = torch.tensor([7, 19], dtype=torch.int32)
     mine = torch.empty_like(q)
     out, lse = results = raw.fwd_kvcache(

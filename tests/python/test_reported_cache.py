@@ -18,6 +18,7 @@ from checks import (
     Case,
     assert_attention_close,
     dtype_id,
+    randn,
 )
 
 import flash_attn
@@ -29,8 +30,8 @@ HALVES = (BF16, FP16)
 # 1647: different results for different num_splits
 @pytest.mark.parametrize("num_splits", (1, 2, 16, 32, 128))
 def test_number_of_splits(num_splits):
-    q = torch.randn(1, 1, 16, 128).to(BF16)
-    k, v = (torch.randn(1, 1024, 8, 128).to(BF16) for _ in range(2))
+    q = randn(1, 1, 16, 128).to(BF16)
+    k, v = (randn(1, 1024, 8, 128).to(BF16) for _ in range(2))
     lengths = torch.tensor([1024], dtype=torch.int32)
     actual = flash_attn.flash_attn_with_kvcache(
         q, k, v, cache_seqlens=lengths, num_splits=num_splits, return_softmax_lse=True
@@ -41,10 +42,10 @@ def test_number_of_splits(num_splits):
 # 778: splits planned from the length before the append lose the new keys
 @pytest.mark.parametrize("num_splits", (0, 1, 2, 5))
 def test_splits_with_new_keys(num_splits):
-    q = torch.randn(1, 1, 8, 128)
+    q = randn(1, 1, 8, 128)
     k_cache, v_cache = torch.zeros(1, 500, 8, 128), torch.zeros(1, 500, 8, 128)
-    k_cache[:, :256], v_cache[:, :256] = torch.randn(2, 1, 256, 8, 128)
-    k, v = torch.randn(1, 196, 8, 128), torch.randn(1, 196, 8, 128)
+    k_cache[:, :256], v_cache[:, :256] = randn(2, 1, 256, 8, 128)
+    k, v = randn(1, 196, 8, 128), randn(1, 196, 8, 128)
     before = k_cache.clone(), v_cache.clone()
     actual = flash_attn.flash_attn_with_kvcache(
         *(q, k_cache, v_cache, k, v),
@@ -60,8 +61,8 @@ def test_splits_with_new_keys(num_splits):
 # 1417: a cache with room to spare and one that is cut to its length give different results
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 def test_sliced_cache(dtype):
-    q = torch.randn(1, 1, 4, 64).to(dtype)
-    k, v = (torch.randn(1, 3000, 4, 64).to(dtype) for _ in range(2))
+    q = randn(1, 1, 4, 64).to(dtype)
+    k, v = (randn(1, 3000, 4, 64).to(dtype) for _ in range(2))
     lengths = torch.tensor([1000], dtype=torch.int32)
     outs = [
         flash_attn.flash_attn_with_kvcache(
@@ -76,7 +77,7 @@ def test_sliced_cache(dtype):
 # 638: appending to a full cache overwrites other tensors
 def test_append_to_a_full_cache():
     k_cache, v_cache = torch.zeros(1, 8, 2, 64), torch.zeros(1, 8, 2, 64)
-    q = k = v = torch.randn(1, 3, 2, 64)
+    q = k = v = randn(1, 3, 2, 64)
     with pytest.raises(RuntimeError, match="passes the end of the KV cache"):
         flash_attn.flash_attn_with_kvcache(q, k_cache, v_cache, k, v, cache_seqlens=8)
     assert torch.count_nonzero(k_cache) == 0 and torch.count_nonzero(v_cache) == 0
@@ -84,9 +85,9 @@ def test_append_to_a_full_cache():
 
 # 1402: more than one new row: causal is aligned at the end of the cache, rotary goes on row by row
 def test_several_new_rows():
-    q, k, v = (torch.randn(2, 4, 2, 64) for _ in range(3))
+    q, k, v = (randn(2, 4, 2, 64) for _ in range(3))
     angles = torch.rand(40, 16)
-    k_cache, v_cache = torch.randn(2, 30, 2, 64), torch.randn(2, 30, 2, 64)
+    k_cache, v_cache = randn(2, 30, 2, 64), randn(2, 30, 2, 64)
     options = {"rotary_cos": angles.cos(), "rotary_sin": angles.sin(), "rotary_interleaved": False}
     before = k_cache.clone(), v_cache.clone()
     together = flash_attn.flash_attn_with_kvcache(
@@ -104,8 +105,8 @@ def test_several_new_rows():
 # 1788: cache_leftpad is ignored; FlashAttention-2 refuses it with pages
 @pytest.mark.parametrize("page_size", (0, 16))
 def test_left_padding_counts(page_size):
-    q = torch.randn(2, 1, 4, 64)
-    k, v = torch.randn(2, 48, 4, 64), torch.randn(2, 48, 4, 64)
+    q = randn(2, 1, 4, 64)
+    k, v = randn(2, 48, 4, 64), randn(2, 48, 4, 64)
     padding, lengths = torch.tensor([5, 20]).int(), torch.tensor([40, 21]).int()
     options = {"cache_leftpad": padding, "cache_seqlens": lengths}
     caches = k, v
@@ -124,8 +125,8 @@ def test_left_padding_counts(page_size):
 def test_any_page_size(page_size):
     columns = -(-200 // page_size)
     table = torch.randperm(columns).int()[None]
-    pages = torch.randn(2, columns, page_size, 2, 64)
-    q = torch.randn(1, 1, 2, 64)
+    pages = randn(2, columns, page_size, 2, 64)
+    q = randn(1, 1, 2, 64)
     rows = [x[table[0].long()].flatten(0, 1)[None, :200] for x in pages]
     out = flash_attn.flash_attn_with_kvcache(
         q, *pages, cache_seqlens=torch.tensor([200]).int(), block_table=table
@@ -135,7 +136,7 @@ def test_any_page_size(page_size):
 
 # tspeterkim/paged-attention-minimal 3 and 1314: prefill into pages equals causal attention
 def test_prefill_into_pages():
-    q, k, v = (torch.randn(3, 20, 4, 64) for _ in range(3))
+    q, k, v = (randn(3, 20, 4, 64) for _ in range(3))
     pages = torch.zeros(2, 12, 8, 4, 64)
     table = torch.randperm(12).int()[:9].view(3, 3)
     out = flash_attn.flash_attn_with_kvcache(
@@ -147,7 +148,7 @@ def test_prefill_into_pages():
 # 1569: full attention and attention through the cache differ when sequences grow
 def test_growing_sequences():
     lengths = [3, 17, 8]
-    q, k, v = (torch.randn(3, 25, 2, 64) for _ in range(3))
+    q, k, v = (randn(3, 25, 2, 64) for _ in range(3))
     k_cache, v_cache = torch.full((2, 3, 30, 2, 64), math.nan)
     for i, length in enumerate(lengths):
         k_cache[i, :length], v_cache[i, :length] = k[i, :length], v[i, :length]
@@ -166,7 +167,7 @@ def test_growing_sequences():
 # FlashAttention-2's combination of splits for an empty cache: lse -inf, out NaN
 @pytest.mark.parametrize("num_splits", (0, 1, 4))
 def test_empty_cache(num_splits):
-    q = torch.randn(2, 1, 4, 64)
+    q = randn(2, 1, 4, 64)
     cache = torch.full((2, 300, 4, 64), math.nan)
     lengths = torch.tensor([0, 0], dtype=torch.int32)
     out, lse = flash_attn.flash_attn_with_kvcache(
@@ -190,7 +191,7 @@ def test_backward_with_infinite_lse():
 # 548, 385: sums in half precision: a thousand equal values still average to themselves
 @pytest.mark.parametrize("dtype", (BF16, FP16, FP32), ids=dtype_id)
 def test_accumulation_is_in_float32(dtype):
-    q, k = torch.zeros(1, 4, 1, 64, dtype=dtype), torch.randn(1, 4096, 1, 64).to(dtype)
+    q, k = torch.zeros(1, 4, 1, 64, dtype=dtype), randn(1, 4096, 1, 64).to(dtype)
     v = torch.full((1, 4096, 1, 64), 1.0, dtype=dtype)
     out, lse, _ = flash_attn.flash_attn_func(q, k, v, return_attn_probs=True)
     torch.testing.assert_close(out.float(), torch.ones(1, 4, 1, 64), rtol=1e-3, atol=0.0)

@@ -23,6 +23,7 @@ from checks import (
     check_varlen_backward,
     cumulative,
     dtype_id,
+    randn,
 )
 
 import flash_attn
@@ -84,8 +85,8 @@ def test_any_negative_side_is_infinite():
 
 # 881: variable length, not causal, queries and keys of different lengths
 def test_variable_lengths_that_differ():
-    q = torch.randn(60, 4, 64)
-    k, v = torch.randn(97, 4, 64), torch.randn(97, 4, 64)
+    q = randn(60, 4, 64)
+    k, v = randn(97, 4, 64), randn(97, 4, 64)
     check_varlen_backward(q, k, v, cumulative(10, 50), cumulative(80, 17), 50, 80)
 
 
@@ -117,8 +118,8 @@ def test_at_most_one_query_each(convert):
 # 1619: fewer tokens than sequences, with grouped heads
 def test_fewer_tokens_than_sequences():
     cu_seqlens = cumulative(0, 0, 0, 1)
-    q = torch.randn(1, 21, 120).to(BF16)
-    k, v = (torch.randn(1, 7, 120).to(BF16) for _ in range(2))
+    q = randn(1, 21, 120).to(BF16)
+    k, v = (randn(1, 7, 120).to(BF16) for _ in range(2))
     out = flash_attn.flash_attn_varlen_func(
         *(q, k, v, cu_seqlens, cu_seqlens, 1, 1), softmax_scale=math.sqrt(120)
     )
@@ -127,21 +128,21 @@ def test_fewer_tokens_than_sequences():
 
 # 1713: sequences with keys but without queries: is their result written to somebody else?
 def test_no_queries_between_others():
-    q = torch.randn(300, 2, 64)
-    k, v = torch.randn(300, 2, 64), torch.randn(300, 2, 64)
+    q = randn(300, 2, 64)
+    k, v = randn(300, 2, 64), randn(300, 2, 64)
     check_varlen_backward(q, k, v, cumulative(150, 0, 150), cumulative(100, 100, 100), 150, 100)
 
 
 # 1773: a sequence longer than max_seqlen_k is an error, not an illegal access
 def test_max_seqlen_too_small():
-    q = torch.randn(20, 2, 64)
+    q = randn(20, 2, 64)
     with pytest.raises(RuntimeError, match="max_seqlen_k is 12"):
         flash_attn.flash_attn_varlen_func(q, q, q, cumulative(7, 13), cumulative(7, 13), 13, 12)
 
 
 # 1661: fewer rows in cu_seqlens_q than in q
 def test_queries_of_no_sequence():
-    q, kv = torch.randn(40, 2, 64), torch.randn(30, 2, 2, 64)
+    q, kv = randn(40, 2, 64), randn(30, 2, 2, 64)
     out = flash_attn.flash_attn_varlen_kvpacked_func(
         q, kv, cumulative(15, 10), cumulative(10, 20), 15, 20
     )
@@ -151,7 +152,7 @@ def test_queries_of_no_sequence():
 # 1786: more sequences than a grid dimension has room for
 def test_very_many_sequences():
     count, length = 70_000, 2
-    qkv = torch.randn(count * length, 3, 1, 8)
+    qkv = randn(count * length, 3, 1, 8)
     cu_seqlens = torch.arange(0, count * length + 1, length, dtype=torch.int32)
     out = flash_attn.flash_attn_varlen_qkvpacked_func(qkv, cu_seqlens, length)
     dense = flash_attn.flash_attn_qkvpacked_func(qkv.view(count, length, 3, 1, 8))
@@ -163,8 +164,8 @@ def test_very_many_sequences():
 # 2842: the log-sum-exp of a sequence without keys is written to the row of another one
 def test_lse_of_sequences_without_keys():
     cu_q, cu_k = cumulative(1, 1, 1), cumulative(0, 70, 0)
-    q = torch.randn(3, 4, 64)
-    k, v = torch.randn(70, 2, 64), torch.randn(70, 2, 64)
+    q = randn(3, 4, 64)
+    k, v = randn(70, 2, 64), randn(70, 2, 64)
     actual = flash_attn.flash_attn_varlen_func(
         *(q, k, v, cu_q, cu_k, 1, 70), return_attn_probs=True
     )
@@ -173,8 +174,8 @@ def test_lse_of_sequences_without_keys():
 
 # vllm-project/flash-attention 87: the log-sum-exp of one query each with grouped heads and splits
 def test_lse_layout_of_grouped_single_queries():
-    q = torch.randn(5, 8, 64)
-    k, v = torch.randn(5 * 1500, 2, 64), torch.randn(5 * 1500, 2, 64)
+    q = randn(5, 8, 64)
+    k, v = randn(5 * 1500, 2, 64), randn(5 * 1500, 2, 64)
     cu_q, cu_k = cumulative(*[1] * 5), cumulative(*[1500] * 5)
     actual = flash_attn.flash_attn_varlen_func(
         *(q, k, v, cu_q, cu_k, 1, 1500), return_attn_probs=True
@@ -192,7 +193,7 @@ def test_lse_layout_of_grouped_single_queries():
 def test_gradient_that_is_not_contiguous(dtype):
     tensors = [x.requires_grad_() for x in Case(dtype=dtype).inputs()]
     out = flash_attn.flash_attn_func(*tensors, causal=True)
-    dense = torch.randn(2, 67, 4, 64).to(dtype)
+    dense = randn(2, 67, 4, 64).to(dtype)
     layouts = (
         dense.transpose(1, 2).contiguous().transpose(1, 2),
         dense.permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0),
@@ -219,7 +220,7 @@ def test_expanded_gradient(dtype):
 
 # 2777: "dq must have contiguous last dimension" for inputs transposed in the last dimension
 def test_inputs_transposed_in_the_last_dimension():
-    tensors = [torch.randn(2, 4, 64, 30).transpose(2, 3).transpose(1, 2) for _ in range(3)]
+    tensors = [randn(2, 4, 64, 30).transpose(2, 3).transpose(1, 2) for _ in range(3)]
     assert all(x.stride(-1) != 1 for x in tensors)
     leaves = [x.detach().requires_grad_() for x in tensors]
     out, lse, _ = flash_attn.flash_attn_func(*leaves, return_attn_probs=True)
@@ -237,11 +238,11 @@ def test_inputs_transposed_in_the_last_dimension():
 
 # 818: keys contiguous, values not
 def test_keys_and_values_of_different_layouts():
-    q, k = torch.randn(2, 53, 4, 64), torch.randn(2, 53, 4, 64)
-    v = torch.randn(2, 4, 53, 64).transpose(1, 2)
+    q, k = randn(2, 53, 4, 64), randn(2, 53, 4, 64)
+    v = randn(2, 4, 53, 64).transpose(1, 2)
     leaves = [x.detach().requires_grad_() for x in (q, k, v)]
     out, lse, _ = flash_attn.flash_attn_func(*leaves, return_attn_probs=True)
-    dout = torch.randn(2, 4, 53, 64).transpose(1, 2)
+    dout = randn(2, 4, 53, 64).transpose(1, 2)
     check_gradients(
         (out, lse, torch.autograd.grad(out, leaves, dout)),
         reference.attention,
@@ -259,7 +260,7 @@ def test_strides_beyond_two_to_the_31():
     rows, step = 3, 1 << 30
     whole = torch.empty((rows - 1) * step + 64 * 64, dtype=BF16)
     x = whole.as_strided((rows, 4, 2, 64), (step, 128, 64, 1), 0)
-    x.copy_(torch.randn(rows, 4, 2, 64))
+    x.copy_(randn(rows, 4, 2, 64))
     dense = x.contiguous().requires_grad_()
     strided = x.detach().requires_grad_()
     expected, out = (flash_attn.flash_attn_func(y, y, y, causal=True) for y in (dense, strided))
@@ -267,7 +268,7 @@ def test_strides_beyond_two_to_the_31():
     (a,) = torch.autograd.grad(expected, dense, x.detach())
     (b,) = torch.autograd.grad(out, strided, x.detach())
     assert torch.equal(a, b)
-    q, new = torch.randn(rows, 1, 2, 64).to(BF16), torch.randn(rows, 1, 2, 64).to(BF16)
+    q, new = randn(rows, 1, 2, 64).to(BF16), randn(rows, 1, 2, 64).to(BF16)
     caches = x.clone(), x.clone()
     for k_cache, v_cache in ((x, x.clone()), caches):
         flash_attn.flash_attn_with_kvcache(q, k_cache, v_cache, new, new, cache_seqlens=3)
@@ -276,7 +277,7 @@ def test_strides_beyond_two_to_the_31():
 
 # 2260: many sequences of one query and key
 def test_large_batch_of_single_keys():
-    tensors = [torch.randn(8300, 1, 4, 8).requires_grad_() for _ in range(3)]
+    tensors = [randn(8300, 1, 4, 8).requires_grad_() for _ in range(3)]
     out = flash_attn.flash_attn_func(*tensors)
     torch.testing.assert_close(out, tensors[2])
     gradients = torch.autograd.grad(out.sum(), tensors)
@@ -358,7 +359,7 @@ def test_alibi_in_the_log_sum_exp(sq, sk):
 
 # FlashAttention-2 compares 8-bit numbers: p = 0.001 drops nothing or one in 255.
 def test_small_probabilities_of_dropout():
-    q, k, v = (torch.randn(2, 700, 2, 8) for _ in range(3))
+    q, k, v = (randn(2, 700, 2, 8) for _ in range(3))
     _, _, s_dmask = flash_attn.flash_attn_func(q, k, v, 0.001, return_attn_probs=True)
     dropped = int(torch.signbit(s_dmask[:, :, :700, :700]).sum())
     expected = 0.001 * 4 * 700 * 700
@@ -375,8 +376,8 @@ def test_softcap_with_dropout(dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 def test_gradient_of_softcap(dtype):
     check_backward(Case(sq=113, sk=203, softcap=15.0, softmax_scale=3.0, dtype=dtype))
-    q = torch.randn(90, 4, 64).to(dtype)
-    k, v = (torch.randn(90, 4, 64).to(dtype) for _ in range(2))
+    q = randn(90, 4, 64).to(dtype)
+    k, v = (randn(90, 4, 64).to(dtype) for _ in range(2))
     cu = cumulative(40, 50)
     check_varlen_backward(q, k, v, cu, cu, 50, 50, softcap=15.0, softmax_scale=3.0)
 
@@ -402,8 +403,8 @@ def test_dropout_of_a_whole_row():
 
 # 1251: forward and backward have different dropout masks
 def test_forward_and_backward_drop_the_same():
-    v = torch.randn(1, 40, 2, 40)
-    q, k = torch.randn(1, 50, 2, 40), torch.randn(1, 40, 2, 40)
+    v = randn(1, 40, 2, 40)
+    q, k = randn(1, 50, 2, 40), randn(1, 40, 2, 40)
     v.requires_grad_()
     out, _, s_dmask = flash_attn.flash_attn_func(q, k, v, 0.5, return_attn_probs=True)
     # out is linear in v: dv of a unit dout is a row of the dropped probabilities
@@ -421,8 +422,8 @@ def test_forward_and_backward_drop_the_same():
 # 414, 429, 988, 2244: dq differs from run to run
 @pytest.mark.parametrize("deterministic", (False, True))
 def test_dq_is_the_same_every_time(deterministic):
-    tensors = [torch.randn(2, 300, 4, 64).to(BF16).requires_grad_() for _ in range(3)]
-    dout = torch.randn(2, 300, 4, 64).to(BF16)
+    tensors = [randn(2, 300, 4, 64).to(BF16).requires_grad_() for _ in range(3)]
+    dout = randn(2, 300, 4, 64).to(BF16)
 
     def gradients():
         out = flash_attn.flash_attn_func(*tensors, causal=True, deterministic=deterministic)
@@ -435,7 +436,7 @@ def test_dq_is_the_same_every_time(deterministic):
 
 # 47: the same sequence gives different results in batches of different sizes
 def test_batch_size_does_not_matter():
-    q, k, v = (torch.randn(1, n, 2, 64).to(BF16) for n in (50, 3500, 3500))
+    q, k, v = (randn(1, n, 2, 64).to(BF16) for n in (50, 3500, 3500))
     alone = flash_attn.flash_attn_func(q, k, v)
     together = flash_attn.flash_attn_func(*(x.expand(6, -1, -1, -1) for x in (q, k, v)))
     assert all(torch.equal(x[None], alone) for x in together)
@@ -443,8 +444,8 @@ def test_batch_size_does_not_matter():
 
 # vllm 51902: a neighbour that grows from 9 to 10 rows changes a decode row
 def test_neighbours_do_not_matter():
-    q = torch.randn(30, 14, 64).to(BF16)
-    k, v = (torch.randn(1500, 2, 64).to(BF16) for _ in range(2))
+    q = randn(30, 14, 64).to(BF16)
+    k, v = (randn(1500, 2, 64).to(BF16) for _ in range(2))
     rows = []
     for more in (1, 9, 10, 17, 29):
         out = flash_attn.flash_attn_varlen_func(

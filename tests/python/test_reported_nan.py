@@ -18,6 +18,7 @@ from checks import (
     check_varlen_backward,
     cumulative,
     dtype_id,
+    randn,
 )
 
 import flash_attn
@@ -32,8 +33,8 @@ HALVES = (BF16, FP16)
 # 443: "nan in some configurations": dq of causal variable length with more queries than keys
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 def test_nan_in_dq_when_causal_rows_see_nothing(dtype):
-    q = (torch.randn(256, 1, 32) * 3).to(dtype)
-    k, v = ((torch.randn(3, 1, 32) * 3).to(dtype) for _ in range(2))
+    q = (randn(256, 1, 32) * 3).to(dtype)
+    k, v = ((randn(3, 1, 32) * 3).to(dtype) for _ in range(2))
     cu_q, cu_k = cumulative(76, 34, 146), cumulative(1, 1, 1)
     check_varlen_backward(q, k, v, cu_q, cu_k, 256, 3, causal=True)
 
@@ -41,7 +42,7 @@ def test_nan_in_dq_when_causal_rows_see_nothing(dtype):
 # 334: "NaNs in bw pass for some inputs": one query, one key, head dimension 16
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 def test_nan_in_the_gradients_of_a_single_key(dtype):
-    q, k, v = ((torch.randn(1, 1, 1, 16) * 3).to(dtype).requires_grad_() for _ in range(3))
+    q, k, v = ((randn(1, 1, 1, 16) * 3).to(dtype).requires_grad_() for _ in range(3))
     out = flash_attn.flash_attn_func(q, k, v)
     dq, dk, dv = torch.autograd.grad(out, (q, k, v), torch.ones_like(out))
     assert torch.equal(out, v.detach())
@@ -55,7 +56,7 @@ def test_nan_in_the_gradients_of_a_single_key(dtype):
 # 1052: "nan gradients in the BW pass": inputs three times larger than usual
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 def test_nan_in_gradients_of_large_scores(dtype):
-    q, k, v = ((torch.randn(1, 256, 1, 128) * 3).to(dtype).requires_grad_() for _ in range(3))
+    q, k, v = ((randn(1, 256, 1, 128) * 3).to(dtype).requires_grad_() for _ in range(3))
     out = flash_attn.flash_attn_func(q, k, v, causal=True)
     gradients = torch.autograd.grad(out, (q, k, v), torch.randn_like(out))
     assert all(x.isfinite().all() for x in (out, *gradients))
@@ -64,7 +65,7 @@ def test_nan_in_gradients_of_large_scores(dtype):
 # 752: NaN in the backward of variable length with dropout when there are more tokens than sequences
 @pytest.mark.parametrize("dtype", HALVES, ids=dtype_id)
 def test_nan_in_gradients_of_tokens_of_no_sequence(dtype):
-    qkv = torch.randn(120, 3, 4, 64).to(dtype).requires_grad_()
+    qkv = randn(120, 3, 4, 64).to(dtype).requires_grad_()
     cu_seqlens = cumulative(37, 49)
     for _ in range(3):
         out = flash_attn.flash_attn_varlen_qkvpacked_func(qkv, cu_seqlens, 2048, 0.1, causal=True)
@@ -78,8 +79,8 @@ def test_nan_in_gradients_of_tokens_of_no_sequence(dtype):
 @pytest.mark.parametrize("causal", (False, True), ids=("full", "causal"))
 def test_sequences_without_queries(causal, head_dim):
     cu_q, cu_k = cumulative(0, 41, 20, 0), cumulative(60, 44, 20, 90)
-    q = torch.randn(61, 4, head_dim)
-    k, v = torch.randn(214, 1, head_dim), torch.randn(214, 1, head_dim)
+    q = randn(61, 4, head_dim)
+    k, v = randn(214, 1, head_dim), randn(214, 1, head_dim)
     _, _, (_, dk, dv) = check_varlen_backward(q, k, v, cu_q, cu_k, 41, 90, causal=causal)
     for x in (dk, dv):
         assert torch.count_nonzero(x[:60]) == 0 and torch.count_nonzero(x[124:]) == 0
@@ -90,8 +91,8 @@ def test_sequences_without_queries(causal, head_dim):
 @pytest.mark.parametrize("causal", (False, True), ids=("full", "causal"))
 def test_sequences_without_keys(dtype, causal):
     cu_q, cu_k = cumulative(33, 20, 65), cumulative(0, 30, 0)
-    q = torch.randn(118, 4, 64).to(dtype)
-    k, v = (torch.randn(30, 2, 64).to(dtype) for _ in range(2))
+    q = randn(118, 4, 64).to(dtype)
+    k, v = (randn(30, 2, 64).to(dtype) for _ in range(2))
     out, lse, (dq, _, _) = check_varlen_backward(q, k, v, cu_q, cu_k, 65, 30, causal=causal)
     for rows in (slice(0, 33), slice(53, 118)):
         assert torch.count_nonzero(out[rows]) == 0 and torch.count_nonzero(dq[rows]) == 0
@@ -101,7 +102,7 @@ def test_sequences_without_keys(dtype, causal):
 # 2324: gradients of tokens beyond the last sequence are left uninitialised
 def test_uninitialised_gradients_of_padding():
     cu_seqlens = cumulative(10, 20)
-    tensors = [torch.randn(50, 2, 32).requires_grad_() for _ in range(3)]
+    tensors = [randn(50, 2, 32).requires_grad_() for _ in range(3)]
     for _ in range(4):
         poison = [torch.full((50, 2, 32), math.nan) for _ in range(8)]
         del poison  # so that the allocator hands out memory full of NaN
@@ -150,11 +151,11 @@ def test_nan_in_the_unused_end_of_the_cache(dtype):
 def test_nan_behind_seqused_k():
     used = torch.tensor([32, 64, 96, 48], dtype=torch.int32)
     cu_q, cu_k = cumulative(1, 1, 1, 1), cumulative(128, 128, 128, 128)
-    q = torch.randn(4, 8, 64).to(BF16)
+    q = randn(4, 8, 64).to(BF16)
     k, v = (torch.full((512, 8, 64), math.nan, dtype=BF16) for _ in range(2))
     for i, length in enumerate(used.tolist()):
         for x in (k, v):
-            x[128 * i : 128 * i + length] = torch.randn(length, 8, 64).to(BF16)
+            x[128 * i : 128 * i + length] = randn(length, 8, 64).to(BF16)
     out, lse, _, _ = _flash_attn_varlen_forward(
         *(q, k, v, cu_q, cu_k, 1, 128, 0.0, 0.125, False), seqused_k=used
     )
@@ -165,9 +166,9 @@ def test_nan_behind_seqused_k():
 
 # 1395: keys beyond the end of a sequence that are not cleared
 def test_nan_behind_the_keys():
-    q = torch.randn(1, 40, 2, 64).to(FP16)
+    q = randn(1, 40, 2, 64).to(FP16)
     whole = torch.full((1, 128, 2, 64), math.nan, dtype=FP16)
-    whole[:, :70] = torch.randn(1, 70, 2, 64)
+    whole[:, :70] = randn(1, 70, 2, 64)
     k = v = whole[:, :70]
     assert torch.equal(
         flash_attn.flash_attn_func(q, k, v), flash_attn.flash_attn_func(q, k.clone(), v.clone())
