@@ -166,9 +166,11 @@ struct OnlineSoftmax {
   }
 
   // Turns scores into weights exp2(s * multiplier - reference), and rescales `out` when a reference
-  // moves. `multiplier` is positive.
-  template <int kN, int kD>
-  FAP_DEVICE void update(Fragments<kM, kN>& s, Fragments<kM, kD>& out, float multiplier) {
+  // moves. `multiplier` is positive. `exchange(x, f)` makes x[slot] of all warps that share a row
+  // f(one's, the other's).
+  template <int kN, int kD, typename Exchange>
+  FAP_DEVICE void update(Fragments<kM, kN>& s, Fragments<kM, kD>& out, float multiplier,
+                         const Exchange& exchange) {
     float largest[2 * kM];
     bool moves = false;
 #pragma unroll
@@ -178,8 +180,10 @@ struct OnlineSoftmax {
 #pragma unroll
       for (int n = 1; n < kN; ++n) most = fmaxf(most, fmaxf(s[m][n][i], s[m][n][i + 1]));
       largest[slot] = quad_max(most) * multiplier;
-      moves |= largest[slot] > reference[slot] + kSlack;
     }
+    exchange(largest, [](float a, float b) { return fmaxf(a, b); });
+#pragma unroll
+    for (int slot = 0; slot < 2 * kM; ++slot) moves |= largest[slot] > reference[slot] + kSlack;
     if (__any_sync(0xFFFFFFFFu, moves)) {
 #pragma unroll
       for (int slot = 0; slot < 2 * kM; ++slot) {
@@ -209,9 +213,11 @@ struct OnlineSoftmax {
   }
 
   // The sums of whole rows. Call once, at the end.
-  FAP_DEVICE void finish() {
+  template <typename Exchange>
+  FAP_DEVICE void finish(const Exchange& exchange) {
 #pragma unroll
     for (int slot = 0; slot < 2 * kM; ++slot) sum[slot] = quad_sum(sum[slot]);
+    exchange(sum, [](float a, float b) { return a + b; });
   }
 
   // With every row's sum finished: log2 of the sum of exp2 over the visible keys and the sink (a

@@ -14,8 +14,8 @@ struct ForwardSpec {
   int tile_m = 128;    // query rows of a block of threads
   int tile_n = 64;     // keys of a step
   int num_warps = 4;
-  int stages = 1;      // buffers for tiles of keys and of values
-  bool ahead = false;  // the next step's scores are multiplied before this step's softmax
+  int warps_n = 1;  // warps that share their rows, 1 or 2
+  int stages = 1;   // buffers for tiles of keys and of values
   bool q_in_registers = false;
   int min_blocks = 1;  // blocks of threads that a multiprocessor must be able to hold
   Access access = Access::kWhole;
@@ -27,11 +27,20 @@ struct ForwardSpec {
 
   FAP_SHARED constexpr int threads() const { return num_warps * 32; }
   FAP_SHARED constexpr int shared_bytes() const {
-    return (tile_m + 2 * stages * tile_n) * padded_row_bytes(head_dim);
+    const int tiles = (tile_m + 2 * stages * tile_n) * padded_row_bytes(head_dim);
+    const int exchanged = tile_m * (padded_row_bytes(tile_n) + 2 * 4);
+    return tiles + (warps_n == 2 ? exchanged : 0);
   }
   // Scores are brought to their final value, in units of log2, before the softmax; otherwise the
   // scale is a factor in its exponent.
   FAP_SHARED constexpr bool transformed() const { return softcap || alibi; }
+  // A few words of the kernels that do everything at once leave the registers.
+  constexpr int max_spill_bytes() const {
+    const bool common =
+        access == Access::kWhole && !(dropout && (alibi || masking == Masking::kWindow));
+    return common ? 0 : 192;
+  }
+  constexpr int max_stack_bytes() const { return max_spill_bytes(); }
 
   constexpr bool operator==(const ForwardSpec&) const = default;
   template <typename F>
@@ -41,8 +50,8 @@ struct ForwardSpec {
     field("tile_m", tile_m);
     field("tile_n", tile_n);
     field("num_warps", num_warps);
+    field("warps_n", warps_n);
     field("stages", stages);
-    field("ahead", ahead);
     field("q_in_registers", q_in_registers);
     field("min_blocks", min_blocks);
     field("access", access);
