@@ -1,4 +1,5 @@
 // The C ABI: validate, choose the backend of the device, run.
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <exception>
@@ -14,7 +15,9 @@
 #include "cuda/catalog.h"
 #include "cuda/cuda.h"
 #include "cuda/explain.h"
+#include "cuda/runtime/cache.h"
 #include "cuda/runtime/device.h"
+#include "cuda/runtime/driver.h"
 #include "cuda/runtime/image.h"
 #include "cuda/runtime/nvrtc.h"
 #include "flash_attn_plus/attention.h"
@@ -200,6 +203,27 @@ std::string compile_kernel(int arch, const std::string& name) {
   fail("no call on sm_", arch, " uses a kernel ", name);
 }
 
+// What `describe` says, or why it cannot, in one line.
+template <typename F>
+std::string line_of(const F& describe) {
+  std::string line;
+  try {
+    line = describe();
+  } catch (const Error& error) {
+    line = error.what();
+  }
+  std::replace(line.begin(), line.end(), '\n', ' ');
+  return line + "\n";
+}
+
+std::string runtime_lines() {
+  return "driver: " + line_of(&cuda::describe_driver) + "compiler: " + line_of([] {
+           const cuda::Nvrtc& compiler = cuda::nvrtc();
+           return "NVRTC " + cuda::compiler_version(compiler) + ", " + compiler.path;
+         }) +
+         "cache: " + cuda::cache_directory().string() + "\n";
+}
+
 // The text that `make` gives, or null when it throws.
 template <typename F>
 const char* text_of(const F& make) noexcept {
@@ -245,6 +269,7 @@ fap_status fap_set_nvrtc_directories(const char* directories) {
   });
 }
 
+const char* fap_cuda_runtime(void) { return text_of(&runtime_lines); }
 const char* fap_cuda_kernels(int32_t arch) {
   return text_of([&] { return kernel_lines(arch); });
 }

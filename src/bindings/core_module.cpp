@@ -119,6 +119,7 @@ tvm::ffi::String text_or_error(const char* text) {
 tvm::ffi::String cpu_isa() { return text_or_error(fap_cpu_isa()); }
 tvm::ffi::String cpu_isas() { return fap_cpu_isas(); }
 tvm::ffi::String version() { return fap_version(); }
+tvm::ffi::String cuda_runtime() { return text_or_error(fap_cuda_runtime()); }
 tvm::ffi::String cuda_kernels(int64_t arch) {
   return text_or_error(fap_cuda_kernels(static_cast<int32_t>(arch)));
 }
@@ -150,6 +151,7 @@ FAP_EXPORT(cuda_explain, fap_cuda_explain, text_or_error)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(cpu_isa, cpu_isa)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(cpu_isas, cpu_isas)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(version, version)
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(cuda_runtime, cuda_runtime)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(cuda_kernels, cuda_kernels)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(cuda_compile, cuda_compile)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(set_nvrtc_directories, set_nvrtc_directories)

@@ -64,6 +64,15 @@ const Driver& driver() {
   return *opened.load();
 }
 
+std::string describe_driver() {
+  const Driver& cuda = driver();
+  int version = 0, count = 0;
+  check_driver(cuda, cuda.version(&version), "cuDriverGetVersion");
+  check_driver(cuda, cuda.device_count(&count), "cuDeviceGetCount");
+  return "for CUDA " + std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10) +
+         ", " + std::to_string(count) + (count == 1 ? " device" : " devices");
+}
+
 std::string error_string(const Driver& driver, DriverResult result) {
   const char* name = nullptr;
   const char* text = nullptr;

@@ -66,6 +66,9 @@ struct Driver {
 // Opened and initialised once; a failure throws Error, and the next call tries again.
 const Driver& driver();
 
+// "for CUDA 13.0, 8 devices". Throws Error without a driver.
+std::string describe_driver();
+
 // "CUDA_ERROR_INVALID_VALUE (invalid argument)"
 std::string error_string(const Driver& driver, DriverResult result);
 
