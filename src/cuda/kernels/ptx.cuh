@@ -217,11 +217,6 @@ FAP_DEVICE void sync_threads(int id, int num_threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(num_threads) : "memory");
 }
 
-// A barrier among some of a block's warps; 0 is __syncthreads()'s.
-FAP_DEVICE void wait_for_warps(int barrier, int num_warps) {
-  asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(32 * num_warps) : "memory");
-}
-
 // Over the four lanes that hold a row of an accumulator.
 FAP_DEVICE float quad_max(float x) {
   x = fmaxf(x, __shfl_xor_sync(0xFFFFFFFFu, x, 1));

@@ -54,7 +54,7 @@ struct Warp {
   }
 
   // Waits for the other warp of these rows.
-  FAP_DEVICE void wait_for_pair() const { wait_for_warps(1 + row / kRowsPerWarp, 2); }
+  FAP_DEVICE void wait_for_pair() const { sync_threads(1 + row / kRowsPerWarp, 64); }
 };
 
 // The two warps of a row exchange one number for each of their rows.
