@@ -220,8 +220,7 @@ std::string runtime_lines() {
   return "driver: " + line_of(&cuda::describe_driver) + "compiler: " + line_of([] {
            const cuda::Nvrtc& compiler = cuda::nvrtc();
            return "NVRTC " + cuda::compiler_version(compiler) + ", " + compiler.path;
-         }) +
-         "cache: " + cuda::cache_directory().string() + "\n";
+         });
 }
 
 // The text that `make` gives, or null when it throws.

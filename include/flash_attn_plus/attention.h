@@ -214,8 +214,8 @@ FAP_API fap_status fap_kvcache_workspace(const fap_kvcache_args* args, size_t* b
  * of an earlier call are forgotten), in the toolkit, and where the loader looks. */
 FAP_API fap_status fap_set_nvrtc_directories(const char* directories);
 
-/* What calls on a GPU find here, as lines of the form `name: value`: `driver`, `compiler` and
- * `cache`, with the reason where one is missing. Valid until this thread's next such call. */
+/* What calls on a GPU find here, as lines of the form `name: value`: `driver` and `compiler`, with
+ * the reason where one is missing. Valid until this thread's next such call. */
 FAP_API const char* fap_cuda_runtime(void);
 
 /* The kernels that calls on a GPU of this architecture (90 is sm_90) can use, as text, one a line;
