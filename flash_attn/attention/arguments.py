@@ -12,6 +12,7 @@ from torch._C import (
     _is_tracing,
     _len_torch_dispatch_stack,
 )
+from torch._C._functorch import is_dead_tensor_wrapper, unwrap_if_dead
 from torch.autograd import _profiler_enabled
 from torch.compiler import is_compiling
 
@@ -29,24 +30,28 @@ def is_plain(q: Tensor, k: Tensor, v: Tensor) -> bool:
         and type(v) is Tensor
         and _len_torch_dispatch_stack() == 0
         and not _are_functorch_transforms_active()
+        and not (
+            is_dead_tensor_wrapper(q)  # kept from a transform that has ended
+            or is_dead_tensor_wrapper(k)
+            or is_dead_tensor_wrapper(v)
+        )
         and not (q.is_meta or k.is_meta or v.is_meta)
         and not _profiler_enabled()
         and not _is_tracing()
     )
 
 
-def is_direct(q: Tensor, k: Tensor, v: Tensor, s_aux: Tensor | None) -> bool:
-    """Whether the call may go to the backend with the tensors as they are, and nothing else.
+def is_direct(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether the call may go to the backend with the tensors as they are.
 
-    That is what makes a small call fast: one look instead of `prepare`, `records` and `is_plain`.
+    That is what makes a small call fast: one look instead of `prepare` and `is_plain`.
     """
     return (
-        not (is_grad_enabled() and needs_grad(q, k, v, s_aux))
+        is_plain(q, k, v)
         and not _is_any_autocast_enabled()
         and q.is_contiguous()  # a flag, and faster to ask for than a stride
         and k.is_contiguous()
         and v.is_contiguous()
-        and is_plain(q, k, v)
     )
 
 
@@ -58,8 +63,11 @@ def maybe_contiguous(x: Tensor | None) -> Tensor | None:
 def prepare(*tensors: Tensor) -> list[Tensor]:
     """The tensors with a contiguous last dimension, and in autocast's dtype when it is on.
 
-    Autocast treats them as it treats those of `scaled_dot_product_attention`.
+    Autocast treats them as it treats those of `scaled_dot_product_attention`. Tensors kept from a
+    function transform that has ended are unwrapped.
     """
+    if not is_compiling():
+        tensors = [unwrap_if_dead(x) for x in tensors]
     if _is_any_autocast_enabled():
         device = tensors[0].device.type
         if torch.is_autocast_enabled(device):
@@ -154,12 +162,7 @@ def needs_grad(*tensors: Tensor | None) -> bool:
 
 def records(*tensors: Tensor | None) -> bool:
     """Whether an autograd function records the call: compilers and transforms see the op."""
-    return (
-        is_grad_enabled()
-        and needs_grad(*tensors)
-        and not is_compiling()
-        and not _are_functorch_transforms_active()
-    )
+    return needs_grad(*tensors) and not is_compiling() and not _are_functorch_transforms_active()
 
 
 def draw_rng_state(device: torch.device) -> Tensor:

@@ -1,7 +1,9 @@
-"""Gradients in eager mode: one `torch.autograd.Function` for each public function.
+"""Gradients in eager mode, as `torch.autograd.Function`s.
 
-Each takes the arguments of FlashAttention-2's function of the same name, in its order, and `s_aux`.
-The functions of packed tensors exist for their backward: it writes all gradients into one tensor.
+`attention`, `attention_kvpacked` and `attention_qkvpacked` record calls of the public functions.
+Those of packed tensors exist for their backward: it writes all gradients into one tensor. The
+classes below are FlashAttention-2's, for libraries that apply them: they take the arguments of
+the class of the same name, in its order, and `s_aux`.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ from __future__ import annotations
 import functools
 
 import torch
+from torch import empty_like, is_grad_enabled
 
 from flash_attn.attention import arguments
 from flash_attn.attention.arguments import maybe_contiguous, unpack
@@ -21,7 +24,7 @@ def _first_derivative(backward):
 
     @functools.wraps(backward)
     def wrapper(ctx, *gradients):
-        if not torch.is_grad_enabled():
+        if not is_grad_enabled():
             return backward(ctx, *gradients)
         with torch.no_grad():
             results = backward(ctx, *gradients)
@@ -31,16 +34,21 @@ def _first_derivative(backward):
     return wrapper
 
 
-def _forward(ctx, q, k, v, options, sequences, return_attn_probs):
-    out, softmax_lse, s_dmask = run_forward(q, k, v, options, sequences, return_attn_probs)
+def _forward(ctx, q, k, v, options, sequences, return_attn_probs, direct=False):
+    out, softmax_lse, s_dmask = run_forward(
+        q, k, v, options, sequences, return_attn_probs, True, direct
+    )
     ctx.set_materialize_grads(False)
     # Tensors are saved as such: a change in place is noticed, and saved-tensor hooks see them.
-    tensors = (options.alibi_slopes, options.s_aux, options.rng_state)
-    ctx.options = options._replace(alibi_slopes=None, s_aux=None, rng_state=None)
-    ctx.sequences = None
-    if sequences is not None:
-        tensors += (sequences.cu_seqlens_q, sequences.cu_seqlens_k)
-        ctx.sequences = sequences._replace(cu_seqlens_q=None, cu_seqlens_k=None)
+    tensors = ()
+    _, _, _, _, _, alibi_slopes, s_aux, _, rng_state, _ = options
+    if not (alibi_slopes is s_aux is rng_state is sequences is None):
+        tensors = (alibi_slopes, s_aux, rng_state)
+        options = options._replace(alibi_slopes=None, s_aux=None, rng_state=None)
+        if sequences is not None:
+            tensors += (sequences.cu_seqlens_q, sequences.cu_seqlens_k)
+            sequences = sequences._replace(cu_seqlens_q=None, cu_seqlens_k=None)
+    ctx.options, ctx.sequences = options, sequences
     ctx.save_for_backward(q, k, v, out, softmax_lse, *tensors)
     if not return_attn_probs:
         return out
@@ -52,14 +60,18 @@ def _forward(ctx, q, k, v, options, sequences, return_attn_probs):
 
 def _backward(ctx, saved, dout, dsoftmax_lse, dq, dk, dv):
     """Writes dq, dk and dv, and returns the gradient of s_aux."""
-    q, k, v, out, softmax_lse, alibi_slopes, s_aux, rng_state, *cu_seqlens = saved
-    options = ctx.options._replace(alibi_slopes=alibi_slopes, s_aux=s_aux, rng_state=rng_state)
-    sequences = ctx.sequences
-    if sequences is not None:
-        sequences = sequences._replace(cu_seqlens_q=cu_seqlens[0], cu_seqlens_k=cu_seqlens[1])
+    q, k, v, out, softmax_lse, *tensors = saved
+    options, sequences = ctx.options, ctx.sequences
+    ds_aux = None
+    if tensors:
+        alibi_slopes, s_aux, rng_state, *cu_seqlens = tensors
+        options = options._replace(alibi_slopes=alibi_slopes, s_aux=s_aux, rng_state=rng_state)
+        if cu_seqlens:
+            sequences = sequences._replace(cu_seqlens_q=cu_seqlens[0], cu_seqlens_k=cu_seqlens[1])
+        if s_aux is not None:
+            ds_aux = empty_like(s_aux)
     if dout is None:  # only softmax_lse was used
         dout = torch.zeros_like(out)
-    ds_aux = None if s_aux is None else torch.empty_like(s_aux)
     run_backward(
         maybe_contiguous(dout),
         q,
@@ -81,7 +93,7 @@ def _backward(ctx, saved, dout, dsoftmax_lse, dq, dk, dv):
 def _backward_of_three(ctx, dout, dsoftmax_lse):
     """Gradients of q, k, v and s_aux."""
     saved = ctx.saved_tensors
-    dq, dk, dv = (torch.empty_like(x) for x in saved[:3])
+    dq, dk, dv = empty_like(saved[0]), empty_like(saved[1]), empty_like(saved[2])
     return dq, dk, dv, _backward(ctx, saved, dout, dsoftmax_lse, dq, dk, dv)
 
 
@@ -89,7 +101,7 @@ def _backward_of_kv(ctx, dout, dsoftmax_lse):
     """Gradients of q, kv and s_aux."""
     saved = ctx.saved_tensors
     q, k = saved[:2]
-    dq = torch.empty_like(q)
+    dq = empty_like(q)
     dkv = k.new_empty((*k.shape[:-2], 2, *k.shape[-2:]))
     return dq, dkv, _backward(ctx, saved, dout, dsoftmax_lse, dq, *dkv.unbind(-3))
 
@@ -100,6 +112,54 @@ def _backward_of_qkv(ctx, dout, dsoftmax_lse):
     q = saved[0]
     dqkv = q.new_empty((*q.shape[:-2], 3, *q.shape[-2:]))
     return dqkv, _backward(ctx, saved, dout, dsoftmax_lse, *dqkv.unbind(-3))
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, s_aux, options, sequences, return_attn_probs, direct):
+        return _forward(ctx, q, k, v, options, sequences, return_attn_probs, direct)
+
+    @staticmethod
+    @_first_derivative
+    def backward(ctx, dout, dsoftmax_lse=None, _=None):
+        return *_backward_of_three(ctx, dout, dsoftmax_lse), None, None, None, None
+
+
+class _AttentionKVPacked(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, kv, s_aux, options, sequences, return_attn_probs, direct):
+        k, v = unpack(kv, "kv", sequences is not None)
+        return _forward(ctx, q, k, v, options, sequences, return_attn_probs, direct)
+
+    @staticmethod
+    @_first_derivative
+    def backward(ctx, dout, dsoftmax_lse=None, _=None):
+        return *_backward_of_kv(ctx, dout, dsoftmax_lse), None, None, None, None
+
+
+class _AttentionQKVPacked(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, qkv, s_aux, options, sequences, return_attn_probs, direct):
+        q, k, v = unpack(qkv, "qkv", sequences is not None)
+        return _forward(ctx, q, k, v, options, sequences, return_attn_probs, direct)
+
+    @staticmethod
+    @_first_derivative
+    def backward(ctx, dout, dsoftmax_lse=None, _=None):
+        return *_backward_of_qkv(ctx, dout, dsoftmax_lse), None, None, None, None
+
+
+def _apply_outside_of_transforms(function):
+    """`function.apply` without its look for function transforms, which the callers have had."""
+    return super(torch.autograd.Function, function).apply
+
+
+# Attention of (q, k, v), (q, kv) or (qkv,), then (s_aux, options, sequences, return_attn_probs,
+# direct): s_aux once more than in the options, for its gradient. Returns what the public functions
+# return.
+attention = _apply_outside_of_transforms(_Attention)
+attention_kvpacked = _apply_outside_of_transforms(_AttentionKVPacked)
+attention_qkvpacked = _apply_outside_of_transforms(_AttentionQKVPacked)
 
 
 class FlashAttnFunc(torch.autograd.Function):

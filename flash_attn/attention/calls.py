@@ -7,7 +7,7 @@ from torch import Tensor
 from torch._C import _are_functorch_transforms_active
 
 from flash_attn.attention import library
-from flash_attn.attention.arguments import is_plain, needs_grad
+from flash_attn.attention.arguments import is_deterministic, is_plain, needs_grad
 from flash_attn.attention.gradients import transformable_forward, transformable_varlen_forward
 from flash_attn.backends import Options, Sequences, backend_for
 
@@ -99,7 +99,9 @@ def run_backward(
     if sequences is not None:
         library.refuse_cache(sequences.block_table, sequences.leftpad_k)
     if is_plain(dout, q, k):
-        library.run_backward(
+        if is_deterministic(False) and not options.deterministic:
+            options = options._replace(deterministic=True)
+        backend_for(q).backward(
             dout, q, k, v, out, softmax_lse, dq, dk, dv, options, sequences, dsoftmax_lse, ds_aux
         )
         return

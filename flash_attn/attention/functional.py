@@ -71,10 +71,13 @@ def flash_attn_func(
         ConstraintError (an AssertionError and a RuntimeError): d or the head counts do not fit.
         ImportError: no backend for the device is installed.
     """
-    direct = is_direct(q, k, v, s_aux)
+    direct = is_direct(q, k, v)
+    if not direct:
+        q, k, v = prepare(q, k, v)
+    recorded = records(q, k, v, s_aux)
     if (
         direct
-        and not (dropout_p or softcap or return_attn_probs)
+        and not (recorded or dropout_p or softcap or return_attn_probs)
         and alibi_slopes is None
         and s_aux is None
     ):
@@ -83,24 +86,6 @@ def flash_attn_func(
         if type(window_size) is not tuple or len(window_size) != 2:
             window_size = arguments.window(window_size)
         return backend_for(q).plain_forward(q, k, v, softmax_scale, causal, *window_size)
-    if not direct:
-        q, k, v = prepare(q, k, v)
-        if records(q, k, v, s_aux):
-            return autograd.FlashAttnFunc.apply(
-                q,
-                k,
-                v,
-                dropout_p,
-                softmax_scale,
-                causal,
-                window_size,
-                softcap,
-                alibi_slopes,
-                deterministic,
-                return_attn_probs,
-                True,
-                s_aux,
-            )
     options = arguments.options(
         q,
         dropout_p,
@@ -112,6 +97,8 @@ def flash_attn_func(
         deterministic,
         s_aux,
     )
+    if recorded:
+        return autograd.attention(q, k, v, options.s_aux, options, None, return_attn_probs, direct)
     results = run_forward(q, k, v, options, None, return_attn_probs, return_attn_probs, direct)
     return _with_s_dmask(q, results) if return_attn_probs else results[0]
 
@@ -136,24 +123,9 @@ def flash_attn_kvpacked_func(
         kv: (b, sk, 2, hk, d): keys, then values.
         The others, results and errors are those of `flash_attn_func`.
     """
-    direct = is_direct(q, kv, kv, s_aux)
+    direct = is_direct(q, kv, kv)
     if not direct:
         q, kv = prepare(q, kv)
-        if records(q, kv, s_aux):
-            return autograd.FlashAttnKVPackedFunc.apply(
-                q,
-                kv,
-                dropout_p,
-                softmax_scale,
-                causal,
-                window_size,
-                softcap,
-                alibi_slopes,
-                deterministic,
-                return_attn_probs,
-                True,
-                s_aux,
-            )
     options = arguments.options(
         q,
         dropout_p,
@@ -165,9 +137,12 @@ def flash_attn_kvpacked_func(
         deterministic,
         s_aux,
     )
-    results = run_forward(
-        q, *arguments.unpack(kv, "kv"), options, None, return_attn_probs, return_attn_probs, direct
-    )
+    if records(q, kv, s_aux):
+        return autograd.attention_kvpacked(
+            q, kv, options.s_aux, options, None, return_attn_probs, direct
+        )
+    k, v = arguments.unpack(kv, "kv")
+    results = run_forward(q, k, v, options, None, return_attn_probs, return_attn_probs, direct)
     return _with_s_dmask(q, results) if return_attn_probs else results[0]
 
 
@@ -189,26 +164,11 @@ def flash_attn_qkvpacked_func(
         qkv: (b, s, 3, h, d): queries, keys, values.
         The others, results and errors are those of `flash_attn_func`.
     """
-    direct = is_direct(qkv, qkv, qkv, s_aux)
+    direct = is_direct(qkv, qkv, qkv)
     if not direct:
         (qkv,) = prepare(qkv)
-        if records(qkv, s_aux):
-            return autograd.FlashAttnQKVPackedFunc.apply(
-                qkv,
-                dropout_p,
-                softmax_scale,
-                causal,
-                window_size,
-                softcap,
-                alibi_slopes,
-                deterministic,
-                return_attn_probs,
-                True,
-                s_aux,
-            )
-    q, k, v = arguments.unpack(qkv, "qkv")
     options = arguments.options(
-        q,
+        qkv,
         dropout_p,
         softmax_scale,
         causal,
@@ -218,6 +178,11 @@ def flash_attn_qkvpacked_func(
         deterministic,
         s_aux,
     )
+    if records(qkv, s_aux):
+        return autograd.attention_qkvpacked(
+            qkv, options.s_aux, options, None, return_attn_probs, direct
+        )
+    q, k, v = arguments.unpack(qkv, "qkv")
     results = run_forward(q, k, v, options, None, return_attn_probs, return_attn_probs, direct)
     return _with_s_dmask(q, results) if return_attn_probs else results[0]
 
@@ -259,30 +224,9 @@ def flash_attn_varlen_func(
         S_dmask: (b, h, max_seqlen_q, max_seqlen_k), or (0,) without dropout.
         Rows of out beyond cu_seqlens_q[-1] are 0, and so are the gradients of such rows.
     """
-    direct = is_direct(q, k, v, s_aux)
+    direct = is_direct(q, k, v)
     if not direct:
         q, k, v = prepare(q, k, v)
-        if records(q, k, v, s_aux):
-            return autograd.FlashAttnVarlenFunc.apply(
-                q,
-                k,
-                v,
-                cu_seqlens_q,
-                cu_seqlens_k,
-                max_seqlen_q,
-                max_seqlen_k,
-                dropout_p,
-                softmax_scale,
-                causal,
-                window_size,
-                softcap,
-                alibi_slopes,
-                deterministic,
-                return_attn_probs,
-                block_table,
-                True,
-                s_aux,
-            )
     options = arguments.options(
         q,
         dropout_p,
@@ -297,6 +241,10 @@ def flash_attn_varlen_func(
     sequences = arguments.sequences(
         q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_table
     )
+    if records(q, k, v, s_aux):
+        return autograd.attention(
+            q, k, v, options.s_aux, options, sequences, return_attn_probs, direct
+        )
     results = run_forward(q, k, v, options, sequences, return_attn_probs, return_attn_probs, direct)
     return _with_s_dmask(q, results) if return_attn_probs else results[0]
 
@@ -325,29 +273,9 @@ def flash_attn_varlen_kvpacked_func(
         kv: (tk, 2, hk, d): keys, then values.
         The others, results and errors are those of `flash_attn_varlen_func`.
     """
-    direct = is_direct(q, kv, kv, s_aux)
+    direct = is_direct(q, kv, kv)
     if not direct:
         q, kv = prepare(q, kv)
-        if records(q, kv, s_aux):
-            return autograd.FlashAttnVarlenKVPackedFunc.apply(
-                q,
-                kv,
-                cu_seqlens_q,
-                cu_seqlens_k,
-                max_seqlen_q,
-                max_seqlen_k,
-                dropout_p,
-                softmax_scale,
-                causal,
-                window_size,
-                softcap,
-                alibi_slopes,
-                deterministic,
-                return_attn_probs,
-                True,
-                s_aux,
-            )
-    k, v = arguments.unpack(kv, "kv", varlen=True)
     options = arguments.options(
         q,
         dropout_p,
@@ -359,7 +287,12 @@ def flash_attn_varlen_kvpacked_func(
         deterministic,
         s_aux,
     )
-    sequences = arguments.sequences(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    sequences = arguments.sequences(q, kv, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    if records(q, kv, s_aux):
+        return autograd.attention_kvpacked(
+            q, kv, options.s_aux, options, sequences, return_attn_probs, direct
+        )
+    k, v = arguments.unpack(kv, "kv", varlen=True)
     results = run_forward(q, k, v, options, sequences, return_attn_probs, return_attn_probs, direct)
     return _with_s_dmask(q, results) if return_attn_probs else results[0]
 
@@ -386,28 +319,11 @@ def flash_attn_varlen_qkvpacked_func(
         max_seqlen: the longest length, int or 0-d tensor.
         The others, results and errors are those of `flash_attn_varlen_func`.
     """
-    direct = is_direct(qkv, qkv, qkv, s_aux)
+    direct = is_direct(qkv, qkv, qkv)
     if not direct:
         (qkv,) = prepare(qkv)
-        if records(qkv, s_aux):
-            return autograd.FlashAttnVarlenQKVPackedFunc.apply(
-                qkv,
-                cu_seqlens,
-                max_seqlen,
-                dropout_p,
-                softmax_scale,
-                causal,
-                window_size,
-                softcap,
-                alibi_slopes,
-                deterministic,
-                return_attn_probs,
-                True,
-                s_aux,
-            )
-    q, k, v = arguments.unpack(qkv, "qkv", varlen=True)
     options = arguments.options(
-        q,
+        qkv,
         dropout_p,
         softmax_scale,
         causal,
@@ -417,7 +333,12 @@ def flash_attn_varlen_qkvpacked_func(
         deterministic,
         s_aux,
     )
-    sequences = arguments.sequences(q, k, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
+    sequences = arguments.sequences(qkv, qkv, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
+    if records(qkv, s_aux):
+        return autograd.attention_qkvpacked(
+            qkv, options.s_aux, options, sequences, return_attn_probs, direct
+        )
+    q, k, v = arguments.unpack(qkv, "qkv", varlen=True)
     results = run_forward(q, k, v, options, sequences, return_attn_probs, return_attn_probs, direct)
     return _with_s_dmask(q, results) if return_attn_probs else results[0]
 

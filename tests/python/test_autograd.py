@@ -212,6 +212,16 @@ def test_saved_tensor_hooks_see_the_inputs():
     assert {id(x) for x in (q, k, v)} <= {id(x) for x in seen}
 
 
+@pytest.mark.parametrize("grad", [True, False], ids=["recorded", "unrecorded"])
+def test_tensors_kept_from_a_transform_that_has_ended(grad):
+    q, k, v = qkv()
+    kept = []
+    torch.func.grad(lambda x: kept.append(x * 1) or x.sum())(q)
+    with torch.set_grad_enabled(grad):
+        out = flash_attn.flash_attn_func(*kept, k, v)
+    assert torch.equal(out.detach(), flash_attn.flash_attn_func(q, k, v))
+
+
 def test_a_change_in_place_is_noticed():
     q, k, v = leaves(qkv())
     out = flash_attn.flash_attn_func(q, k, v)

@@ -38,6 +38,20 @@ def test_import_prints_nothing_and_loads_nothing_heavy():
     assert result.stdout == "" and result.stderr == ""
 
 
+def test_first_backward_loads_nothing():
+    """But torch itself loads sympy when it is given the gradient of the result."""
+    result = python(
+        "import torch, sys, flash_attn\n"
+        "q, k, v = (torch.randn(1, 4, 2, 8, requires_grad=True) for _ in range(3))\n"
+        "qkv = torch.randn(1, 4, 3, 2, 8, requires_grad=True)\n"
+        "before = set(sys.modules)\n"
+        "flash_attn.flash_attn_func(q, k, v, s_aux=torch.zeros(2)).sum().backward()\n"
+        "flash_attn.flash_attn_qkvpacked_func(qkv, 0.5, causal=True).sum().backward()\n"
+        "assert set(sys.modules) == before, set(sys.modules) - before\n"
+    )
+    assert result.returncode == 0, result.stderr
+
+
 def test_import_works_without_einops_and_triton():
     result = python(
         "import sys\n"
