@@ -39,7 +39,7 @@ static_assert(kKeyN * 16 * spec.key_warps_n == spec.tile_n);
 static_assert(kKeyD * 8 * kKeyWarpsD == spec.head_dim && kKeyD % 2 == 0);
 static_assert(kQueryM * 16 * spec.query_warps_m == spec.tile_m);
 static_assert(kQueryD * 8 * kQueryWarpsD == spec.head_dim && kQueryD % 2 == 0);
-static_assert(spec.do_stages <= spec.q_stages && spec.q_stages <= 2);
+static_assert(spec.q_stages == 1 || spec.q_stages == 2);
 
 extern "C" __global__ void __launch_bounds__(spec.threads(), spec.min_blocks)
     attention_backward(const __grid_constant__ BackwardArgs args) {
@@ -64,12 +64,12 @@ extern "C" __global__ void __launch_bounds__(spec.threads(), spec.min_blocks)
   set_zero(dk);
   set_zero(dv);
 
-  Step step{0, shared.steps().last_block, 0};
+  Step step = Step::of(0, shared.steps().last_block, 0);
   if (shared.steps().num_heads > 0) {
     float row_values[kRowValues];
     block.load_keys();
     block.load_queries(params.q, shared.q(0), step);
-    block.load_queries(params.dout, shared.dout(0), step);
+    block.load_queries(params.dout, shared.dout(), step);
     block.load_row_values(row_values, step);
     block.store_row_values(row_values);
     copy_async_commit();
@@ -80,117 +80,109 @@ extern "C" __global__ void __launch_bounds__(spec.threads(), spec.min_blocks)
     copy_async_wait<0>();
     __syncthreads();
     if constexpr (spec.deterministic) {
-      if (step.number > 0) block.pass_turn(step.previous(shared.steps()));
+      if (!step.is_first(shared.steps())) block.pass_turn(step.previous(shared.steps()));
     }
 
-    const Steps steps = shared.steps();
-    const Step next = step.next(steps);
-    const bool has_next = next.head < steps.num_heads;
-    float row_values[kRowValues];
-    const QTile q = shared.q(step.number), dout = shared.dout(step.number);
+    const QTile q = shared.q(step.stage()), dout = shared.dout();
+    Fragments<kScoreM, kScoreN> p, ds;  // first S and dP
     {
-      Fragments<kScoreM, kScoreN> s, dp;
       const int lane = read_lane(), warp = read_thread() / 32;
       const int score_row = warp / kScoreWarpsN * (16 * kScoreM);
       const int score_col = warp % kScoreWarpsN * (8 * kScoreN);
-      set_zero(s);
-      multiply_add<spec.dtype, spec.head_dim>(s, RowsOfA<QTile>(q, score_row, 0, lane),
+      const auto exponentiate = [&] {
+        const Place place = shared.place();
+        const Keys keys = shared.keys();
+        const int head = block.head(place, step);
+        const ScoreTransform transform(params, spec.softcap, place.batch, head);
+        Dropout dropout;
+        if constexpr (spec.dropout) dropout = shared.dropout();
+        exponentiate_scores<spec.softcap, spec.alibi, spec.dropout, spec.tile_m>(
+            p, ds, shared.rows() + score_row * 4, transform, keys.seqlen_k - keys.seqlen_q, dropout,
+            static_cast<uint32_t>(place.batch), static_cast<uint32_t>(head),
+            step.block() * spec.tile_m + score_row, keys.first + score_col, lane);
+      };
+      set_zero(p);
+      multiply_add<spec.dtype, spec.head_dim>(p, RowsOfA<QTile>(q, score_row, 0, lane),
                                               RowsOfB<KTile>(shared.k(), score_col, 0, lane));
-      set_zero(dp);
-      multiply_add<spec.dtype, spec.head_dim>(dp, RowsOfA<QTile>(dout, score_row, 0, lane),
+      if constexpr (!spec.softcap) exponentiate();
+      set_zero(ds);
+      multiply_add<spec.dtype, spec.head_dim>(ds, RowsOfA<QTile>(dout, score_row, 0, lane),
                                               RowsOfB<KTile>(shared.v(), score_col, 0, lane));
-
-      // Behind the products, whose results are on the way: before them it would hold them up, and
-      // among them the addresses would take the last registers.
-      if (has_next) {
-        if constexpr (spec.q_stages == 2) {
-          block.load_queries(params.q, shared.q(next.number), next);
-        }
-        if constexpr (spec.do_stages == 2) {
-          block.load_queries(params.dout, shared.dout(next.number), next);
-        }
-        block.load_row_values(row_values, next);
+      if constexpr (spec.softcap) exponentiate();
+      if (block.needs_mask(step)) block.hide(p, step, score_row, score_col, lane);
+      if constexpr (spec.dropout) {
+        Fragments<kScoreM, kScoreN> kept;
+        keep_entries(kept, p);
+        store_fragments<spec.dtype>(kept, shared.p(), score_row, score_col, lane);
+      } else {
+        store_fragments<spec.dtype>(p, shared.p(), score_row, score_col, lane);
       }
-      copy_async_commit();
-
-      const Place place = shared.place();
-      const Keys keys = shared.keys();
-      const int head = block.head(place, step);
-      Dropout dropout;
-      if constexpr (spec.dropout) dropout = shared.dropout();
-      const ScoreTransform transform(params, spec.softcap, place.batch, head);
-      const int row = step.block * spec.tile_m + score_row, column = keys.first + score_col;
-      differentiate_scores<spec.softcap, spec.alibi, spec.dropout, spec.tile_m>(
-          s, dp, shared.rows() + score_row * 4, transform, keys.seqlen_k - keys.seqlen_q, dropout,
-          static_cast<uint32_t>(place.batch), static_cast<uint32_t>(head), row, column, lane);
-      if (block.needs_mask(step)) {
-        const Queries queries = shared.queries();
-        hide_entries(s, dp, KeyBounds(block.mask(shared.keys())), queries.begin, queries.end, row,
-                     column, lane);
+    }
+    __syncthreads();
+    {
+      const int lane = read_lane(), warp = read_thread() / 32;
+      const int score_row = warp / kScoreWarpsN * (16 * kScoreM);
+      const int score_col = warp % kScoreWarpsN * (8 * kScoreN);
+      const int key_row = warp / kKeyWarpsD * (16 * kKeyN);
+      const int key_col = warp % kKeyWarpsD * (8 * kKeyD);
+      if constexpr (!spec.softcap) {
+        float scale = 1.0f;
+        if constexpr (spec.dropout) scale = shared.dropout().scale;
+        differentiate_scores<spec.dropout, spec.tile_m>(p, ds, shared.rows() + score_row * 4, scale,
+                                                        lane);
       }
-      store_fragments<spec.dtype>(s, shared.p(), score_row, score_col, lane);
-      store_fragments<spec.dtype>(dp, shared.ds(), score_row, score_col, lane);
+      multiply_add<spec.dtype, spec.tile_m>(dv, ColumnsOfA<ScoreTile>(shared.p(), 0, key_row, lane),
+                                            ColumnsOfB<QTile>(dout, 0, key_col, lane));
+      if (block.needs_mask(step)) block.hide(ds, step, score_row, score_col, lane);
+      store_fragments<spec.dtype>(ds, shared.ds(), score_row, score_col, lane);
     }
     if constexpr (spec.deterministic) block.wait_for_turn(step);
     __syncthreads();
-    if (has_next) block.store_row_values(row_values);  // all have read those of this step
 
+    const Step next = step.next(shared.steps());
+    const bool has_next = next.head < shared.steps().num_heads;
     const int lane = read_lane(), warp = read_thread() / 32;
-    const int key_row = warp / kKeyWarpsD * (16 * kKeyN);
-    const int key_col = warp % kKeyWarpsD * (8 * kKeyD);
-    const int query_row = warp / kQueryWarpsD * (16 * kQueryM);
-    const int query_col = warp % kQueryWarpsD * (8 * kQueryD);
-    const auto add_dv = [&] {
-      multiply_add<spec.dtype, spec.tile_m>(dv, ColumnsOfA<ScoreTile>(shared.p(), 0, key_row, lane),
-                                            ColumnsOfB<QTile>(dout, 0, key_col, lane));
-    };
     const auto add_dk = [&] {
+      const int key_row = warp / kKeyWarpsD * (16 * kKeyN);
+      const int key_col = warp % kKeyWarpsD * (8 * kKeyD);
       multiply_add<spec.dtype, spec.tile_m>(dk,
                                             ColumnsOfA<ScoreTile>(shared.ds(), 0, key_row, lane),
                                             ColumnsOfB<QTile>(q, 0, key_col, lane));
     };
-    // `meanwhile` runs while the results are on the way.
-    const auto add_dq = [&](auto meanwhile) {
+    if constexpr (spec.q_stages == 1) {
+      add_dk();
+      __syncthreads();
+    }
+    float row_values[kRowValues];
+    {
+      const int query_row = warp / kQueryWarpsD * (16 * kQueryM);
+      const int query_col = warp % kQueryWarpsD * (8 * kQueryD);
       Fragments<kQueryM, kQueryD> dq;
       set_zero(dq);
       multiply_add<spec.dtype, spec.tile_n>(dq, RowsOfA<ScoreTile>(shared.ds(), query_row, 0, lane),
                                             ColumnsOfB<KTile>(shared.k(), 0, query_col, lane));
-      meanwhile();
+      // The next tiles are asked for while the results are on the way: before the products it would
+      // hold them up, and among them the addresses would take the last registers.
+      if (has_next) {
+        block.load_queries(params.q, shared.q(next.stage()), next);
+        block.load_queries(params.dout, dout, next);
+        block.load_row_values(row_values, next);
+      }
+      copy_async_commit();
       add_fragments<spec.vector_add, spec.head_dim>(
           dq,
           args.accumulator + int64_t{block.accumulator_block(step)} * (spec.tile_m * spec.head_dim),
           query_row / 16, query_col / 8, lane);
-    };
-    // A tile with one buffer is loaded again as soon as nobody reads it any more.
-    const auto load_again = [&](bool with_q) {
-      if (has_next) {
-        if (with_q) block.load_queries(params.q, q, next);
-        block.load_queries(params.dout, dout, next);
-      }
-      copy_async_commit();
-    };
-    if constexpr (spec.do_stages == 2) {
-      add_dq([] {});
-      add_dv();
-      add_dk();
-    } else if constexpr (spec.q_stages == 2) {
-      add_dv();
-      __syncthreads();
-      add_dq([&] { load_again(false); });
-      add_dk();
-    } else {
-      add_dv();
-      add_dk();
-      __syncthreads();
-      add_dq([&] { load_again(true); });
     }
+    if constexpr (spec.q_stages == 2) add_dk();
+    if (has_next) block.store_row_values(row_values);
   }
 
   // dK and dV, by way of the tiles of K and V.
   copy_async_wait<0>();
   __syncthreads();
   if constexpr (spec.deterministic) {
-    if (step.number > 0) block.pass_turn(step.previous(shared.steps()));
+    if (shared.steps().num_heads > 0) block.pass_turn(step.previous(shared.steps()));
   }
   const auto scale = [](Fragments<kKeyN, kKeyD>& x, float factor) {
 #pragma unroll

@@ -6,6 +6,7 @@
 #include "attention/sequence.h"
 #include "cuda/kernels/scores.cuh"
 #include "cuda/kernels/sm80/backward_products.cuh"
+#include "cuda/kernels/sm80/backward_scores.cuh"
 #include "cuda/kernels/tile.cuh"
 #include "cuda/spec/backward.h"
 
@@ -39,19 +40,25 @@ struct Steps {
 };
 
 // A step: the blocks of queries from the last to the first, for one head of the group after the
-// other.
+// other. Two numbers, because three would not fit the registers.
 struct Step {
-  int head;   // within the group
-  int block;  // of tile_m queries
-  int number;
+  int head;             // within the group
+  int block_and_stage;  // of tile_m queries, times 2; plus the buffer of its Q
+
+  FAP_DEVICE int block() const { return block_and_stage >> 1; }
+  FAP_DEVICE int stage() const { return block_and_stage & 1; }
+  FAP_DEVICE static Step of(int head, int block, int stage) { return {head, 2 * block + stage}; }
 
   FAP_DEVICE Step next(const Steps& steps) const {
-    return block == steps.first_block ? Step{head + 1, steps.last_block, number + 1}
-                                      : Step{head, block - 1, number + 1};
+    return block() == steps.first_block ? of(head + 1, steps.last_block, stage() ^ 1)
+                                        : of(head, block() - 1, stage() ^ 1);
   }
   FAP_DEVICE Step previous(const Steps& steps) const {
-    return block == steps.last_block ? Step{head - 1, steps.first_block, number - 1}
-                                     : Step{head, block + 1, number - 1};
+    return block() == steps.last_block ? of(head - 1, steps.first_block, stage() ^ 1)
+                                       : of(head, block() + 1, stage() ^ 1);
+  }
+  FAP_DEVICE bool is_first(const Steps& steps) const {
+    return head == 0 && block() == steps.last_block;
   }
 };
 
@@ -59,7 +66,7 @@ constexpr int kRowValues = (2 * spec.tile_m + spec.threads() - 1) / spec.threads
 
 struct SharedMemory {
   static constexpr int kQ = 2 * KTile::kBytes;
-  static constexpr int kScores = kQ + (spec.q_stages + spec.do_stages) * QTile::kBytes;
+  static constexpr int kScores = kQ + (spec.q_stages + 1) * QTile::kBytes;
   static constexpr int kRows = kScores + 2 * ScoreTile::kBytes;
   static constexpr int kPlaces = kRows + spec.row_buffer_bytes();
   static_assert(kPlaces + spec.place_bytes() == spec.shared_bytes());
@@ -68,10 +75,10 @@ struct SharedMemory {
 
   FAP_DEVICE KTile k() const { return {base}; }
   FAP_DEVICE KTile v() const { return {base + KTile::kBytes}; }
-  FAP_DEVICE QTile q(int step) const { return {base + kQ + step % spec.q_stages * QTile::kBytes}; }
-  FAP_DEVICE QTile dout(int step) const {
-    return {base + kQ + (spec.q_stages + step % spec.do_stages) * QTile::kBytes};
+  FAP_DEVICE QTile q(int stage) const {
+    return {base + kQ + stage % spec.q_stages * QTile::kBytes};
   }
+  FAP_DEVICE QTile dout() const { return {base + kQ + spec.q_stages * QTile::kBytes}; }
   FAP_DEVICE ScoreTile p() const { return {base + kScores}; }
   FAP_DEVICE ScoreTile ds() const { return {base + kScores + ScoreTile::kBytes}; }
   // tile_m log-sum-exps (in log2), then as many softmax_d.
@@ -154,8 +161,17 @@ struct KeyBlock {
   }
   FAP_DEVICE bool needs_mask(Step step) const {
     const Queries queries = shared.queries();
-    const int row = step.block * spec.tile_m;
+    const int row = step.block() * spec.tile_m;
     return row < queries.free_begin || row + spec.tile_m > queries.free_end;
+  }
+
+  // Zeroes what is not seen of a warp's part of P or dS, which begins at (row, column) of the tile.
+  template <int kM, int kN>
+  FAP_DEVICE void hide(Fragments<kM, kN>& x, Step step, int row, int column, int lane) const {
+    const Queries queries = shared.queries();
+    const Keys keys = shared.keys();
+    hide_entries(x, KeyBounds(mask(keys)), queries.begin, queries.end,
+                 step.block() * spec.tile_m + row, keys.first + column, lane);
   }
 
   FAP_DEVICE uint16_t* rows_of(const Operand& x, int batch, int head, int row) const {
@@ -186,7 +202,7 @@ struct KeyBlock {
   FAP_DEVICE void load_queries(const Operand& x, QTile tile, Step step) const {
     const Place place = shared.place();
     const Queries queries = shared.queries();
-    const int row = step.block * spec.tile_m;
+    const int row = step.block() * spec.tile_m;
     load_rows<spec.access, spec.threads()>(
         tile, read_thread(), static_cast<int>(params.head_dim),
         rows_of(x, place.batch, head(place, step), place.q_begin + row), x.row_stride,
@@ -203,7 +219,7 @@ struct KeyBlock {
     for (int x = 0; x < kRowValues; ++x) {
       const int i = thread + x * spec.threads();
       const bool second = i >= spec.tile_m;
-      const int row = step.block * spec.tile_m + (second ? i - spec.tile_m : i);
+      const int row = step.block() * spec.tile_m + (second ? i - spec.tile_m : i);
       values[x] = second ? 0.0f : kInfinity;
       if (i < 2 * spec.tile_m && queries.begin <= row && row < queries.end) {
         const RowVector& vector = second ? params.softmax_d : params.softmax_lse;
@@ -226,7 +242,7 @@ struct KeyBlock {
   FAP_DEVICE int accumulator_block(Step step) const {
     const Place place = shared.place();
     return place.accumulator_block + head(place, step) * static_cast<int>(args.blocks_per_head) +
-           step.block;
+           step.block();
   }
 
   // Returns when all blocks of keys before this one have added to a block of queries.
@@ -234,7 +250,7 @@ struct KeyBlock {
     if (read_thread() != 0) return;
     const Queries queries = shared.queries();
     const Keys keys = shared.keys();
-    const int row = step.block * spec.tile_m;
+    const int row = step.block() * spec.tile_m;
     const Range rows{max_of(row, queries.begin), min_of(row + spec.tile_m, queries.end)};
     const int first_visible = static_cast<int>(mask(keys).any_visible_keys(rows).begin);
     const int before = keys.first / spec.tile_n - first_visible / spec.tile_n;

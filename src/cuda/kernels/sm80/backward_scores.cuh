@@ -8,27 +8,34 @@
 
 namespace flash_attn_plus::cuda {
 
-// P = exp(s - lse) takes the place of s, with the entries that dropout drops 0 (those kept are not
-// scaled), and dS = P (dP - D), through the softcap, that of dp. `row` and `column` are the first
-// of the warp's part, inside the sequence: multiples of 16, the column of 32 where kN allows. In
-// shared memory, at `row_values`, lie the log-sum-exps (in log2) of the warp's rows and, kTileM
-// floats on, their D.
+// Log-sum-exps (in log2) of a warp's rows lie in shared memory at `row_values`, and, kTileM floats
+// on, their D.
+template <int kTileM>
+FAP_DEVICE void read_row_values(float (&x)[2], uint32_t row_values, int m, int lane) {
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const uint32_t address = row_values + (16 * m + 8 * half + lane / 4) * 4;
+    x[half] = __uint_as_float(load_shared4(address));
+  }
+}
+
+// P = exp(s - lse) takes the place of s; entries that dropout drops get the sign bit, those kept
+// are not scaled. `row` and `column` are the first of the warp's part, inside the sequence:
+// multiples of 16, the column of 32 where kN allows.
+//
+// With softcap dS is finished here, from dp, because its derivative is not kept.
 template <bool kSoftcap, bool kAlibi, bool kDropout, int kTileM, int kM, int kN>
-FAP_DEVICE void differentiate_scores(Fragments<kM, kN>& s, Fragments<kM, kN>& dp,
-                                     uint32_t row_values, const ScoreTransform& transform,
-                                     int offset, const Dropout& dropout, uint32_t batch,
-                                     uint32_t head, int row, int column, int lane) {
+FAP_DEVICE void exponentiate_scores(Fragments<kM, kN>& s, Fragments<kM, kN>& dp,
+                                    uint32_t row_values, const ScoreTransform& transform,
+                                    int offset, const Dropout& dropout, uint32_t batch,
+                                    uint32_t head, int row, int column, int lane) {
   constexpr int kGroup = kN % 4 == 0 ? 4 : 2;  // fragments that a block of Philox serves
   static_assert(kN % kGroup == 0);
 #pragma unroll
   for (int m = 0; m < kM; ++m) {
     float lse[2], softmax_d[2];
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const uint32_t address = row_values + (16 * m + 8 * half + lane / 4) * 4;
-      lse[half] = __uint_as_float(load_shared4(address));
-      softmax_d[half] = __uint_as_float(load_shared4(address + kTileM * 4));
-    }
+    read_row_values<kTileM>(lse, row_values, m, lane);
+    if constexpr (kSoftcap) read_row_values<kTileM>(softmax_d, row_values + kTileM * 4, m, lane);
 #pragma unroll
     for (int group = 0; group < kN; group += kGroup) {
       float first = static_cast<float>(row + 16 * m + lane / 4 + offset - column - lane % 4 * 2);
@@ -49,32 +56,64 @@ FAP_DEVICE void differentiate_scores(Fragments<kM, kN>& s, Fragments<kM, kN>& dp
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           const float distance = first + static_cast<float>(i / 2 * 8 - 8 * n - i % 2);
-          float p, derivative = 1.0f;
-          if constexpr (kSoftcap) {
-            const float t = tanh_of(s[m][n][i] * transform.scale);
-            derivative = fmaf(-t, t, 1.0f);
-            float exponent = fmaf(t, transform.softcap, -lse[i / 2]);
-            if constexpr (kAlibi) exponent = fmaf(-transform.slope, fabsf(distance), exponent);
-            p = exp2_approx(exponent);
-          } else {
-            float shift = -lse[i / 2];
-            if constexpr (kAlibi) shift = fmaf(-transform.slope, fabsf(distance), shift);
-            p = exp2_approx(fmaf(s[m][n][i], transform.scale, shift));
-          }
-          float difference;
+          float shift = -lse[i / 2];
+          if constexpr (kAlibi) shift = fmaf(-transform.slope, fabsf(distance), shift);
+          float t = s[m][n][i];
+          if constexpr (kSoftcap) t = tanh_of(t * transform.scale);
+          float p = exp2_approx(fmaf(t, kSoftcap ? transform.softcap : transform.scale, shift));
+          bool kept = true;
           if constexpr (kDropout) {
             // With 16 columns to a warp only one half of a block's columns is there.
             const PhiloxBlock& block = numbers[i % 2];
             const uint32_t word = kGroup == 4 || (column & 16) == 0 ? block.word[n - group]
                                                                     : block.word[2 + n - group];
-            const bool kept = (i < 2 ? word & 0xFFFFu : word >> 16) < dropout.threshold;
-            difference = fmaf(kept ? dp[m][n][i] : 0.0f, dropout.scale, -softmax_d[i / 2]);
-            s[m][n][i] = kept ? p : 0.0f;
-          } else {
-            difference = dp[m][n][i] - softmax_d[i / 2];
-            s[m][n][i] = p;
+            kept = (i < 2 ? word & 0xFFFFu : word >> 16) < dropout.threshold;
           }
-          dp[m][n][i] = kSoftcap ? p * difference * derivative : p * difference;
+          if constexpr (kSoftcap) {
+            const float difference =
+                fmaf(kept ? dp[m][n][i] : 0.0f, kDropout ? dropout.scale : 1.0f, -softmax_d[i / 2]);
+            dp[m][n][i] = p * difference * fmaf(-t, t, 1.0f);
+          }
+          s[m][n][i] = kept ? p : -p;
+        }
+      }
+    }
+  }
+}
+
+// P as it is multiplied with dO: 0 where an entry was dropped.
+template <int kM, int kN>
+FAP_DEVICE void keep_entries(Fragments<kM, kN>& kept, const Fragments<kM, kN>& p) {
+#pragma unroll
+  for (int m = 0; m < kM; ++m) {
+#pragma unroll
+    for (int n = 0; n < kN; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        kept[m][n][i] = __float_as_int(p[m][n][i]) < 0 ? 0.0f : p[m][n][i];
+      }
+    }
+  }
+}
+
+// dS = P (dP - D) takes the place of dp, dP being 0 where an entry was dropped.
+template <bool kDropout, int kTileM, int kM, int kN>
+FAP_DEVICE void differentiate_scores(const Fragments<kM, kN>& p, Fragments<kM, kN>& dp,
+                                     uint32_t row_values, float dropout_scale, int lane) {
+#pragma unroll
+  for (int m = 0; m < kM; ++m) {
+    float softmax_d[2];
+    read_row_values<kTileM>(softmax_d, row_values + kTileM * 4, m, lane);
+#pragma unroll
+    for (int n = 0; n < kN; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float x = p[m][n][i];
+        if constexpr (kDropout) {
+          const float kept = __float_as_int(x) < 0 ? 0.0f : dp[m][n][i];
+          dp[m][n][i] = fabsf(x) * fmaf(kept, dropout_scale, -softmax_d[i / 2]);
+        } else {
+          dp[m][n][i] = x * (dp[m][n][i] - softmax_d[i / 2]);
         }
       }
     }
@@ -84,8 +123,8 @@ FAP_DEVICE void differentiate_scores(Fragments<kM, kN>& s, Fragments<kM, kN>& dp
 // Zeroes what a row does not see: whatever the operands were, it is 0 and not NaN. Rows outside
 // [rows_begin, rows_end) see nothing. `row` and `column` are the first of the warp's part.
 template <int kM, int kN>
-FAP_DEVICE void hide_entries(Fragments<kM, kN>& p, Fragments<kM, kN>& ds, const KeyBounds& bounds,
-                             int rows_begin, int rows_end, int row, int column, int lane) {
+FAP_DEVICE void hide_entries(Fragments<kM, kN>& x, const KeyBounds& bounds, int rows_begin,
+                             int rows_end, int row, int column, int lane) {
   const int first_row = row + lane / 4, first_key = column + lane % 4 * 2;
 #pragma unroll
   for (int slot = 0; slot < 2 * kM; ++slot) {
@@ -99,10 +138,7 @@ FAP_DEVICE void hide_entries(Fragments<kM, kN>& p, Fragments<kM, kN>& ds, const 
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const int j = 8 * n + i;
-        if (j < begin || j >= end) {
-          p[slot / 2][n][slot % 2 * 2 + i] = 0.0f;
-          ds[slot / 2][n][slot % 2 * 2 + i] = 0.0f;
-        }
+        if (j < begin || j >= end) x[slot / 2][n][slot % 2 * 2 + i] = 0.0f;
       }
     }
   }
