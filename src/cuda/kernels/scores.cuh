@@ -142,6 +142,12 @@ FAP_DEVICE void drop_scores(Fragments<kM, kN>& p, const Dropout& dropout, uint32
   }
 }
 
+// Where every row belongs to one warp; see OnlineSoftmax::update.
+struct NoExchange {
+  template <int kSlots, typename Combine>
+  FAP_DEVICE void operator()(float (&)[kSlots], Combine) const {}
+};
+
 // The softmax of rows seen block by block (Milakov and Gimelshein, arXiv:1805.02867).
 //
 // The reference that exponents are taken against is the largest score when it was last moved: it is
@@ -168,9 +174,9 @@ struct OnlineSoftmax {
   // Turns scores into weights exp2(s * multiplier - reference), and rescales `out` when a reference
   // moves. `multiplier` is positive. `exchange(x, f)` makes x[slot] of all warps that share a row
   // f(one's, the other's).
-  template <int kN, int kD, typename Exchange>
+  template <int kN, int kD, typename Exchange = NoExchange>
   FAP_DEVICE void update(Fragments<kM, kN>& s, Fragments<kM, kD>& out, float multiplier,
-                         const Exchange& exchange) {
+                         const Exchange& exchange = {}) {
     float largest[2 * kM];
     bool moves = false;
 #pragma unroll
@@ -213,8 +219,8 @@ struct OnlineSoftmax {
   }
 
   // The sums of whole rows. Call once, at the end.
-  template <typename Exchange>
-  FAP_DEVICE void finish(const Exchange& exchange) {
+  template <typename Exchange = NoExchange>
+  FAP_DEVICE void finish(const Exchange& exchange = {}) {
 #pragma unroll
     for (int slot = 0; slot < 2 * kM; ++slot) sum[slot] = quad_sum(sum[slot]);
     exchange(sum, [](float a, float b) { return a + b; });
