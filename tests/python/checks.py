@@ -24,6 +24,10 @@ DTYPE = DTYPES[0]  # where one will do
 DTYPE_NAMES = {FP32: "fp32", BF16: "bf16", FP16: "fp16"}
 
 
+# For torch.testing.assert_close, where two calls shall give the same.
+CLOSE = {} if DTYPE == FP32 else {"rtol": 2e-2, "atol": 2e-2}
+
+
 def dtype_id(dtype):
     return DTYPE_NAMES[dtype]
 

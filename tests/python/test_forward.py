@@ -15,6 +15,7 @@ from checks import (
     check_forward,
     dtype_id,
     pairwise,
+    randn,
     with_dtypes,
 )
 
@@ -200,7 +201,7 @@ def test_packed_functions_are_the_same_function(dtype, dropout_p):
 
 
 def test_kvpacked_with_fewer_heads():
-    q, kv = torch.randn(2, 33, 6, 32), torch.randn(2, 47, 2, 2, 32)
+    q, kv = randn(2, 33, 6, 32), randn(2, 47, 2, 2, 32)
     expected = flash_attn.flash_attn_func(q, kv[:, :, 0], kv[:, :, 1])
     assert torch.equal(flash_attn.flash_attn_kvpacked_func(q, kv), expected)
 

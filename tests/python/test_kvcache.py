@@ -11,6 +11,7 @@ import reference
 import torch
 from checks import (
     BF16,
+    CLOSE,
     DTYPE,
     DTYPE_NAMES,
     DTYPES,
@@ -21,6 +22,7 @@ from checks import (
     dtype_id,
     new_generator,
     pairwise,
+    randn,
 )
 
 import flash_attn
@@ -336,16 +338,16 @@ def test_strided_new_keys_and_tables(dtype):
 
 def test_decoding_equals_one_causal_pass():
     """Token by token through the cache, and all at once."""
-    q, k, v = (torch.randn(2, 37, 4, 64) for _ in range(3))
+    q, k, v = (randn(2, 37, 4, 64) for _ in range(3))
     whole = flash_attn.flash_attn_func(q, k, v, causal=True)
-    k_cache, v_cache = torch.full((2, 2, 40, 4, 64), torch.nan)
+    k_cache, v_cache = torch.full((2, 2, 40, 4, 64), torch.nan, dtype=DTYPE)
     for i in range(37):
         out = flash_attn.flash_attn_with_kvcache(
             *(q[:, i : i + 1], k_cache, v_cache, k[:, i : i + 1], v[:, i : i + 1]),
             cache_seqlens=i,
             causal=True,
         )
-        torch.testing.assert_close(out[:, 0], whole[:, i])
+        torch.testing.assert_close(out[:, 0], whole[:, i], **CLOSE)
 
 
 @pytest.mark.parametrize("dtype", (BF16, FP16, FP32), ids=dtype_id)
@@ -370,7 +372,7 @@ def test_long_cache(dtype):
 
 
 def test_return_values():
-    q, cache = torch.randn(2, 3, 4, 64), torch.randn(2, 9, 4, 64)
+    q, cache = randn(2, 3, 4, 64), randn(2, 9, 4, 64)
     out = flash_attn.flash_attn_with_kvcache(q, cache, cache)
     assert isinstance(out, torch.Tensor) and out.shape == q.shape
     out, lse = flash_attn.flash_attn_with_kvcache(q, cache, cache, return_softmax_lse=True)
@@ -378,10 +380,10 @@ def test_return_values():
 
 
 def test_autograd_notices_the_change_of_a_cache():
-    k_cache, v_cache = torch.randn(2, 1, 8, 2, 16)
+    k_cache, v_cache = randn(2, 1, 8, 2, 16)
     factor = torch.ones((), requires_grad=True)
     loss = (factor * k_cache).sum()  # saves the cache for the gradient of factor
-    q, new = torch.randn(1, 1, 2, 16), torch.randn(1, 1, 2, 16)
+    q, new = randn(1, 1, 2, 16), randn(1, 1, 2, 16)
     lengths = torch.tensor([3], dtype=torch.int32)
     flash_attn.flash_attn_with_kvcache(q, k_cache, v_cache, new, new, cache_seqlens=lengths)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):

@@ -7,6 +7,7 @@ the same to the last bit unless a comment says why not.
 import pytest
 import torch
 import torch._dynamo.testing
+from checks import DTYPE
 from public_functions import (
     BATCH,
     CU_K,
@@ -201,7 +202,7 @@ def test_internal_backward_writes_what_is_given(names):
     expected, expected_d = gradients("dq dk dv")
     actual, softmax_d = gradients(names)
     assert torch.equal(softmax_d, expected_d)
-    torch.testing.assert_close(softmax_d, (dout * out).sum(-1).transpose(1, 2))
+    torch.testing.assert_close(softmax_d, (dout.float() * out.float()).sum(-1).transpose(1, 2))
     for name in names.split():
         assert torch.equal(actual[name], expected[name])
 
@@ -287,7 +288,7 @@ def test_flops(function):
 
 
 def test_flops_agree_with_torch():
-    q, k, v = (torch.randn(BATCH, SQ, HEADS, HEAD_DIM) for _ in range(3))
+    q, k, v = (torch.randn(BATCH, SQ, HEADS, HEAD_DIM).to(DTYPE) for _ in range(3))
     totals = []
     for function in (
         lambda: flash_attn.flash_attn_func(q, k, v),

@@ -12,6 +12,8 @@ import reference
 import torch
 from checks import (
     BF16,
+    CLOSE,
+    DTYPE,
     DTYPES,
     FP16,
     FP32,
@@ -43,7 +45,10 @@ def test_number_of_splits(num_splits):
 @pytest.mark.parametrize("num_splits", (0, 1, 2, 5))
 def test_splits_with_new_keys(num_splits):
     q = randn(1, 1, 8, 128)
-    k_cache, v_cache = torch.zeros(1, 500, 8, 128), torch.zeros(1, 500, 8, 128)
+    k_cache, v_cache = (
+        torch.zeros(1, 500, 8, 128, dtype=DTYPE),
+        torch.zeros(1, 500, 8, 128, dtype=DTYPE),
+    )
     k_cache[:, :256], v_cache[:, :256] = randn(2, 1, 256, 8, 128)
     k, v = randn(1, 196, 8, 128), randn(1, 196, 8, 128)
     before = k_cache.clone(), v_cache.clone()
@@ -76,7 +81,7 @@ def test_sliced_cache(dtype):
 
 # 638: appending to a full cache overwrites other tensors
 def test_append_to_a_full_cache():
-    k_cache, v_cache = torch.zeros(1, 8, 2, 64), torch.zeros(1, 8, 2, 64)
+    k_cache, v_cache = torch.zeros(1, 8, 2, 64, dtype=DTYPE), torch.zeros(1, 8, 2, 64, dtype=DTYPE)
     q = k = v = randn(1, 3, 2, 64)
     with pytest.raises(RuntimeError, match="passes the end of the KV cache"):
         flash_attn.flash_attn_with_kvcache(q, k_cache, v_cache, k, v, cache_seqlens=8)
@@ -88,7 +93,11 @@ def test_several_new_rows():
     q, k, v = (randn(2, 4, 2, 64) for _ in range(3))
     angles = torch.rand(40, 16)
     k_cache, v_cache = randn(2, 30, 2, 64), randn(2, 30, 2, 64)
-    options = {"rotary_cos": angles.cos(), "rotary_sin": angles.sin(), "rotary_interleaved": False}
+    options = {
+        "rotary_cos": angles.cos().to(DTYPE),
+        "rotary_sin": angles.sin().to(DTYPE),
+        "rotary_interleaved": False,
+    }
     before = k_cache.clone(), v_cache.clone()
     together = flash_attn.flash_attn_with_kvcache(
         q, k_cache, v_cache, k, v, cache_seqlens=11, causal=True, **options
@@ -98,8 +107,8 @@ def test_several_new_rows():
         out = flash_attn.flash_attn_with_kvcache(
             one[0], *before, *one[1:], cache_seqlens=11 + i, causal=True, **options
         )
-        torch.testing.assert_close(out[:, 0], together[:, i])
-    torch.testing.assert_close(before[0], k_cache)
+        torch.testing.assert_close(out[:, 0], together[:, i], **CLOSE)
+    torch.testing.assert_close(before[0], k_cache, **CLOSE)
 
 
 # 1788: cache_leftpad is ignored; FlashAttention-2 refuses it with pages
@@ -117,7 +126,7 @@ def test_left_padding_counts(page_size):
     for i in range(2):
         rows = slice(int(padding[i]), int(lengths[i]))
         expected = flash_attn.flash_attn_func(q[i : i + 1], k[i : i + 1, rows], v[i : i + 1, rows])
-        torch.testing.assert_close(out[i : i + 1], expected)
+        torch.testing.assert_close(out[i : i + 1], expected, **CLOSE)
 
 
 # 1579 and 1999: "Paged KV cache block size must be divisible by" 16, 128 or 256
@@ -131,25 +140,25 @@ def test_any_page_size(page_size):
     out = flash_attn.flash_attn_with_kvcache(
         q, *pages, cache_seqlens=torch.tensor([200]).int(), block_table=table
     )
-    torch.testing.assert_close(out, flash_attn.flash_attn_func(q, *rows))
+    torch.testing.assert_close(out, flash_attn.flash_attn_func(q, *rows), **CLOSE)
 
 
 # tspeterkim/paged-attention-minimal 3 and 1314: prefill into pages equals causal attention
 def test_prefill_into_pages():
     q, k, v = (randn(3, 20, 4, 64) for _ in range(3))
-    pages = torch.zeros(2, 12, 8, 4, 64)
+    pages = torch.zeros(2, 12, 8, 4, 64, dtype=DTYPE)
     table = torch.randperm(12).int()[:9].view(3, 3)
     out = flash_attn.flash_attn_with_kvcache(
         q, *pages, k, v, cache_seqlens=0, block_table=table, causal=True
     )
-    torch.testing.assert_close(out, flash_attn.flash_attn_func(q, k, v, causal=True))
+    torch.testing.assert_close(out, flash_attn.flash_attn_func(q, k, v, causal=True), **CLOSE)
 
 
 # 1569: full attention and attention through the cache differ when sequences grow
 def test_growing_sequences():
     lengths = [3, 17, 8]
     q, k, v = (randn(3, 25, 2, 64) for _ in range(3))
-    k_cache, v_cache = torch.full((2, 3, 30, 2, 64), math.nan)
+    k_cache, v_cache = torch.full((2, 3, 30, 2, 64), math.nan, dtype=DTYPE)
     for i, length in enumerate(lengths):
         k_cache[i, :length], v_cache[i, :length] = k[i, :length], v[i, :length]
     new = [torch.stack([x[i, n : n + 5] for i, n in enumerate(lengths)]) for x in (q, k, v)]
@@ -161,14 +170,14 @@ def test_growing_sequences():
     )
     for i, n in enumerate(lengths):
         whole = flash_attn.flash_attn_func(*(x[i : i + 1, : n + 5] for x in (q, k, v)), causal=True)
-        torch.testing.assert_close(out[i : i + 1], whole[:, n:])
+        torch.testing.assert_close(out[i : i + 1], whole[:, n:], **CLOSE)
 
 
 # FlashAttention-2's combination of splits for an empty cache: lse -inf, out NaN
 @pytest.mark.parametrize("num_splits", (0, 1, 4))
 def test_empty_cache(num_splits):
     q = randn(2, 1, 4, 64)
-    cache = torch.full((2, 300, 4, 64), math.nan)
+    cache = torch.full((2, 300, 4, 64), math.nan, dtype=DTYPE)
     lengths = torch.tensor([0, 0], dtype=torch.int32)
     out, lse = flash_attn.flash_attn_with_kvcache(
         q, cache, cache, cache_seqlens=lengths, num_splits=num_splits, return_softmax_lse=True
