@@ -40,11 +40,12 @@ TEST_P(BackwardPlanTest, EverySpecFitsTheDevice) {
     SCOPED_TRACE(to_text(spec));
     EXPECT_LE(spec.shared_bytes(), device.max_shared_per_block);
     EXPECT_LE(spec.min_blocks * (spec.shared_bytes() + 1024), device.shared_per_multiprocessor);
-    EXPECT_LE(spec.min_blocks * spec.threads() * 256, device.registers_per_multiprocessor);
     // dK, dV and the scores in registers, with room for what multiplies them.
+    const int registers =
+        std::min(255, device.registers_per_multiprocessor / (spec.min_blocks * spec.threads()));
     const int accumulators =
         (2 * spec.tile_n * spec.head_dim + 2 * spec.tile_m * spec.tile_n) / spec.threads();
-    EXPECT_LE(accumulators, 192);
+    EXPECT_LE(accumulators + 40, registers);
     EXPECT_EQ(spec.vector_add, device.arch >= 90);
   }
   for (const BackwardConvertSpec& spec : specs.convert) {
