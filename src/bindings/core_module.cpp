@@ -2,13 +2,16 @@
 //
 // Every operation takes the fields of its C struct in their order, without `size`; None for a
 // tensor that is not given, the stream and the workspace as integers. So the binding of an
-// operation follows from its struct. The workspace and its size may be left out. The result is 0,
-// or the bytes of workspace without which nothing was done.
+// operation follows from its struct. The workspace and its size may be left out: it then comes from
+// the allocator of the tensors' framework, where that has lent one. The result is 0, or the bytes
+// of workspace without which nothing was done.
+#include <tvm/ffi/extra/c_env_api.h>
 #include <tvm/ffi/tvm_ffi.h>
 
 #include <cstdint>
 #include <optional>
 #include <string>
+#include <type_traits>
 #include <utility>
 
 #include "flash_attn_plus/attention.h"
@@ -81,13 +84,37 @@ constexpr size_t count_fields() {
   }
 }
 
+// Memory from the framework whose tensors the call got, ordered by its current stream of `device`.
+// Nothing where it lends no allocator or has no memory left: its own error is the one to see then.
+std::optional<tvm::ffi::Tensor> allocate(size_t bytes, fap_device device) {
+  if (TVMFFIEnvGetDLPackManagedTensorAllocator() == nullptr) return std::nullopt;
+  try {
+    return tvm::ffi::Tensor::FromEnvAlloc(
+        TVMFFIEnvTensorAlloc, {static_cast<int64_t>(bytes)}, DLDataType{kDLUInt, 8, 1},
+        DLDevice{static_cast<DLDeviceType>(device.device_type), device.device_id});
+  } catch (const tvm::ffi::Error&) {
+    return std::nullopt;
+  }
+}
+
 template <typename Result, typename Args, size_t... I>
 Result call(const char* operation, Result (*function)(const Args*), const TVMFFIAny* values,
             size_t num_values, std::index_sequence<I...>) {
   fap_tensor storage[sizeof...(I)];
-  const Args args{sizeof(Args),
-                  Field(operation, I, I < num_values ? &values[I] : nullptr, storage[I])...};
-  return function(&args);
+  Args args{sizeof(Args),
+            Field(operation, I, I < num_values ? &values[I] : nullptr, storage[I])...};
+  const Result result = function(&args);
+  if constexpr (std::is_same_v<Result, fap_status> && requires { args.workspace; }) {
+    if (result == FAP_NEEDS_WORKSPACE && args.workspace == nullptr) {
+      const size_t bytes = fap_workspace_needed();
+      if (const std::optional<tvm::ffi::Tensor> workspace = allocate(bytes, args.q->device)) {
+        args.workspace = workspace->data_ptr();
+        args.workspace_size = bytes;
+        return function(&args);
+      }
+    }
+  }
+  return result;
 }
 
 template <typename Result, typename Args>
