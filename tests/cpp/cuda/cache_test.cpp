@@ -1,6 +1,8 @@
 // The cache of compiled kernels on disk.
 #include "cuda/runtime/cache.h"
 
+#include <signal.h>
+#include <sys/resource.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -82,6 +84,22 @@ TEST_F(CacheTest, WhatCannotBeWrittenLeavesNothing) {
   EXPECT_EQ(num_files(), 0u);
   EXPECT_FALSE(write_cached({}, kName, compilation(), reason));
   EXPECT_FALSE(read_cached({}, kName));
+}
+
+TEST_F(CacheTest, AFullDiskLeavesNothing) {
+  const pid_t child = fork();  // which may write 64 bytes to a file, and then gets an error
+  if (child == 0) {
+    signal(SIGXFSZ, SIG_IGN);
+    const rlimit limit = {64, 64};
+    setrlimit(RLIMIT_FSIZE, &limit);
+    std::string reason;
+    const bool written =
+        write_cached(directory_, kName, {std::string(1 << 20, 'x'), "", 0}, reason);
+    _exit(!written && !reason.empty() && num_files() == 0 ? 0 : 1);
+  }
+  int status = 0;
+  waitpid(child, &status, 0);
+  EXPECT_TRUE(WIFEXITED(status) && WEXITSTATUS(status) == 0);
 }
 
 TEST_F(CacheTest, DirectoriesFollowTheEnvironment) {
