@@ -5,10 +5,10 @@ flash backend (both without their forward passes and without autograd), in TFLOP
 entries. Hidden size 2048, 16,384 tokens in all.
 
   python benchmarks/tune_backward.py
-  python benchmarks/tune_backward.py --head-dim 128 --tiles 64,64,4,2,2 64,128,8,2,1
+  python benchmarks/tune_backward.py --head-dim 128 --tiles 64,64,4,2,1,2 64,128,8,2,2,1
   python benchmarks/tune_backward.py --head-dim 64 --tiles chosen --deterministic
 
-Tiles are tile_m,tile_n,num_warps,q_stages,min_blocks, or "chosen" for what the planner
+Tiles are tile_m,tile_n,num_warps,q_stages,do_stages,min_blocks, or "chosen" for what the planner
 takes.
 """
 
@@ -29,11 +29,11 @@ from flash_attn.flash_attn_interface import _flash_attn_backward
 
 VARIABLE = "FLASH_ATTN_PLUS_BACKWARD_TILES"
 VARIANTS = {
-    64: "64,64,4,2,3 64,128,8,2,1 128,128,8,2,1 128,64,4,1,2",
-    96: "64,64,4,2,2 64,128,8,2,1",
-    128: "64,128,8,2,1 64,64,4,2,2 64,64,4,1,2",
-    192: "64,64,8,2,1 64,64,8,1,1",
-    256: "64,64,8,2,1 64,64,8,1,1",
+    64: "64,64,4,2,1,3 64,128,8,2,2,1 128,128,8,2,2,1 128,64,4,1,1,2",
+    96: "64,64,4,2,2,2 64,128,8,2,2,1",
+    128: "64,128,8,2,2,1 64,64,4,2,1,2 64,128,8,2,1,1",
+    192: "64,64,8,2,2,1 64,64,8,2,1,1",
+    256: "64,64,8,2,1,1 64,64,8,2,2,1",
 }
 
 

@@ -12,14 +12,14 @@
 namespace flash_attn_plus::cuda {
 namespace {
 
-// FLASH_ATTN_PLUS_BACKWARD_TILES="tile_m,tile_n,num_warps,q_stages,min_blocks" overrides
+// FLASH_ATTN_PLUS_BACKWARD_TILES="tile_m,tile_n,num_warps,q_stages,do_stages,min_blocks" overrides
 // the choice of tiles; benchmarks/tune_backward.py sets it.
 const BackwardTiles* tiles_of_environment(BackwardTiles& tiles) {
   const char* text = std::getenv("FLASH_ATTN_PLUS_BACKWARD_TILES");
   if (text == nullptr || *text == '\0') return nullptr;
-  if (std::sscanf(text, "%d,%d,%d,%d,%d", &tiles.tile_m, &tiles.tile_n, &tiles.num_warps,
-                  &tiles.q_stages, &tiles.min_blocks) != 5) {
-    fail("FLASH_ATTN_PLUS_BACKWARD_TILES must be five numbers, but is \"", text, "\"");
+  if (std::sscanf(text, "%d,%d,%d,%d,%d,%d", &tiles.tile_m, &tiles.tile_n, &tiles.num_warps,
+                  &tiles.q_stages, &tiles.do_stages, &tiles.min_blocks) != 6) {
+    fail("FLASH_ATTN_PLUS_BACKWARD_TILES must be six numbers, but is \"", text, "\"");
   }
   return &tiles;
 }

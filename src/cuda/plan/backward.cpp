@@ -73,6 +73,7 @@ BackwardSpec with_tiles(const Kind& kind, const BackwardTiles& tiles,
   spec.key_warps_n = warps_over_rows(tiles.tile_n, kind.head_dim, tiles.num_warps);
   spec.query_warps_m = warps_over_rows(tiles.tile_m, kind.head_dim, tiles.num_warps);
   spec.q_stages = tiles.q_stages;
+  spec.do_stages = tiles.do_stages;
   spec.min_blocks = tiles.min_blocks;
   spec.access = kind.access;
   spec.softcap = kind.softcap;
@@ -93,30 +94,31 @@ bool fits(const BackwardSpec& spec, const DeviceProperties& device) {
 }
 
 // The best first, as measured on an H200. A thread keeps 2 tile_n head_dim / threads numbers of dK
-// and dV, and twice tile_m tile_n / threads of the scores, in its registers, which three blocks of
-// 128 threads leave 168 of: too few where ALiBi or dropout need some as well.
+// and dV, and twice tile_m tile_n / threads of the scores, in its registers, of which three blocks
+// of 128 threads leave it 168.
 struct Candidate {
   int max_head_dim;
-  bool lean;  // for calls without ALiBi and dropout
+  bool lean;  // not for the kernels that do everything
   BackwardTiles tiles;
 };
 constexpr Candidate kCandidates[] = {
-    {64, true, {64, 64, 4, 2, 3}},     //
-    {64, false, {64, 128, 8, 2, 1}},   //
-    {80, false, {64, 64, 4, 2, 2}},    //
-    {128, false, {64, 128, 8, 2, 1}},  //
-    {128, false, {64, 64, 4, 2, 1}},   //
-    {128, false, {64, 64, 4, 1, 1}},   //
-    {256, false, {64, 64, 8, 2, 1}},   //
-    {256, false, {64, 64, 8, 1, 1}},   //
-    {256, false, {32, 32, 4, 2, 1}},   //
+    {64, true, {64, 64, 4, 2, 1, 3}},     //
+    {64, false, {64, 128, 8, 2, 2, 1}},   //
+    {80, false, {64, 64, 4, 2, 2, 2}},    //
+    {128, false, {64, 128, 8, 2, 2, 1}},  //
+    {128, false, {64, 128, 8, 2, 1, 1}},  //
+    {128, false, {64, 64, 4, 2, 1, 1}},   //
+    {128, false, {64, 64, 4, 1, 1, 1}},   //
+    {256, false, {64, 64, 8, 2, 1, 1}},   //
+    {256, false, {64, 64, 8, 1, 1, 1}},   //
+    {256, false, {32, 32, 4, 2, 1, 1}},   //
 };
 
 BackwardSpec choose(const Kind& call, const DeviceProperties& device) {
   const Kind kind = widened(call);
   for (const Candidate& candidate : kCandidates) {
     if (kind.head_dim > candidate.max_head_dim) continue;
-    if (candidate.lean && (kind.alibi || kind.dropout)) continue;
+    if (candidate.lean && kind.alibi && kind.dropout) continue;
     const BackwardSpec spec = with_tiles(kind, candidate.tiles, device);
     if (fits(spec, device)) return spec;
   }

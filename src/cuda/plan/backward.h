@@ -12,7 +12,7 @@ namespace flash_attn_plus::cuda {
 
 // Sizes of tiles, and what follows from them for shared memory; see BackwardSpec.
 struct BackwardTiles {
-  int tile_m, tile_n, num_warps, q_stages, min_blocks;
+  int tile_m, tile_n, num_warps, q_stages, do_stages, min_blocks;
 };
 
 struct BackwardPlan {

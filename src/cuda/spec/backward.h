@@ -21,7 +21,8 @@ struct BackwardSpec {
   int score_warps_m = 2;  // S and dP, tile_m x tile_n
   int key_warps_n = 2;    // dK and dV, tile_n x head_dim
   int query_warps_m = 2;  // dQ, tile_m x head_dim
-  int q_stages = 2;       // buffers for tiles of Q; dO has one
+  int q_stages = 2;       // buffers for tiles of Q
+  int do_stages = 1;      // and of dO, at most as many
   int min_blocks = 1;     // blocks of threads that a multiprocessor must be able to hold
   Access access = Access::kWhole;
   bool softcap = false;
@@ -35,7 +36,7 @@ struct BackwardSpec {
   FAP_SHARED constexpr int row_buffer_bytes() const { return 2 * tile_m * 4; }
   FAP_SHARED constexpr int place_bytes() const { return 5 * 16; }
   FAP_SHARED constexpr int shared_bytes() const {
-    return ((q_stages + 1) * tile_m + 2 * tile_n) * padded_row_bytes(head_dim) +
+    return ((q_stages + do_stages) * tile_m + 2 * tile_n) * padded_row_bytes(head_dim) +
            2 * tile_m * padded_row_bytes(tile_n) + row_buffer_bytes() + place_bytes();
   }
 
@@ -51,6 +52,7 @@ struct BackwardSpec {
     field("key_warps_n", key_warps_n);
     field("query_warps_m", query_warps_m);
     field("q_stages", q_stages);
+    field("do_stages", do_stages);
     field("min_blocks", min_blocks);
     field("access", access);
     field("softcap", softcap);

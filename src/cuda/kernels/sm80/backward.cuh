@@ -39,7 +39,7 @@ static_assert(kKeyN * 16 * spec.key_warps_n == spec.tile_n);
 static_assert(kKeyD * 8 * kKeyWarpsD == spec.head_dim && kKeyD % 2 == 0);
 static_assert(kQueryM * 16 * spec.query_warps_m == spec.tile_m);
 static_assert(kQueryD * 8 * kQueryWarpsD == spec.head_dim && kQueryD % 2 == 0);
-static_assert(spec.q_stages == 1 || spec.q_stages == 2);
+static_assert(spec.do_stages <= spec.q_stages && spec.q_stages <= 2);
 
 extern "C" __global__ void __launch_bounds__(spec.threads(), spec.min_blocks)
     attention_backward(const __grid_constant__ BackwardArgs args) {
@@ -69,7 +69,7 @@ extern "C" __global__ void __launch_bounds__(spec.threads(), spec.min_blocks)
     float row_values[kRowValues];
     block.load_keys();
     block.load_queries(params.q, shared.q(0), step);
-    block.load_queries(params.dout, shared.dout(), step);
+    block.load_queries(params.dout, shared.dout(step.stage()), step);
     block.load_row_values(row_values, step);
     block.store_row_values(row_values);
     copy_async_commit();
@@ -83,7 +83,7 @@ extern "C" __global__ void __launch_bounds__(spec.threads(), spec.min_blocks)
       if (!step.is_first(shared.steps())) block.pass_turn(step.previous(shared.steps()));
     }
 
-    const QTile q = shared.q(step.stage()), dout = shared.dout();
+    const QTile q = shared.q(step.stage()), dout = shared.dout(step.stage());
     Fragments<kScoreM, kScoreN> p, ds;  // first S and dP
     {
       const int lane = read_lane(), warp = read_thread() / 32;
@@ -109,31 +109,15 @@ extern "C" __global__ void __launch_bounds__(spec.threads(), spec.min_blocks)
       multiply_add<spec.dtype, spec.head_dim>(ds, RowsOfA<QTile>(dout, score_row, 0, lane),
                                               RowsOfB<KTile>(shared.v(), score_col, 0, lane));
       if constexpr (spec.softcap) exponentiate();
-      if (block.needs_mask(step)) block.hide(p, step, score_row, score_col, lane);
-      if constexpr (spec.dropout) {
-        Fragments<kScoreM, kScoreN> kept;
-        keep_entries(kept, p);
-        store_fragments<spec.dtype>(kept, shared.p(), score_row, score_col, lane);
-      } else {
-        store_fragments<spec.dtype>(p, shared.p(), score_row, score_col, lane);
-      }
-    }
-    __syncthreads();
-    {
-      const int lane = read_lane(), warp = read_thread() / 32;
-      const int score_row = warp / kScoreWarpsN * (16 * kScoreM);
-      const int score_col = warp % kScoreWarpsN * (8 * kScoreN);
-      const int key_row = warp / kKeyWarpsD * (16 * kKeyN);
-      const int key_col = warp % kKeyWarpsD * (8 * kKeyD);
       if constexpr (!spec.softcap) {
         float scale = 1.0f;
         if constexpr (spec.dropout) scale = shared.dropout().scale;
         differentiate_scores<spec.dropout, spec.tile_m>(p, ds, shared.rows() + score_row * 4, scale,
                                                         lane);
       }
-      multiply_add<spec.dtype, spec.tile_m>(dv, ColumnsOfA<ScoreTile>(shared.p(), 0, key_row, lane),
-                                            ColumnsOfB<QTile>(dout, 0, key_col, lane));
-      if (block.needs_mask(step)) block.hide(ds, step, score_row, score_col, lane);
+      if (block.needs_mask(step)) block.hide(p, ds, step, score_row, score_col, lane);
+      if constexpr (spec.dropout) keep_entries(p);
+      store_fragments<spec.dtype>(p, shared.p(), score_row, score_col, lane);
       store_fragments<spec.dtype>(ds, shared.ds(), score_row, score_col, lane);
     }
     if constexpr (spec.deterministic) block.wait_for_turn(step);
@@ -142,19 +126,19 @@ extern "C" __global__ void __launch_bounds__(spec.threads(), spec.min_blocks)
     const Step next = step.next(shared.steps());
     const bool has_next = next.head < shared.steps().num_heads;
     const int lane = read_lane(), warp = read_thread() / 32;
+    const int key_row = warp / kKeyWarpsD * (16 * kKeyN);
+    const int key_col = warp % kKeyWarpsD * (8 * kKeyD);
+    const auto add_dv = [&] {
+      multiply_add<spec.dtype, spec.tile_m>(dv, ColumnsOfA<ScoreTile>(shared.p(), 0, key_row, lane),
+                                            ColumnsOfB<QTile>(dout, 0, key_col, lane));
+    };
     const auto add_dk = [&] {
-      const int key_row = warp / kKeyWarpsD * (16 * kKeyN);
-      const int key_col = warp % kKeyWarpsD * (8 * kKeyD);
       multiply_add<spec.dtype, spec.tile_m>(dk,
                                             ColumnsOfA<ScoreTile>(shared.ds(), 0, key_row, lane),
                                             ColumnsOfB<QTile>(q, 0, key_col, lane));
     };
-    if constexpr (spec.q_stages == 1) {
-      add_dk();
-      __syncthreads();
-    }
     float row_values[kRowValues];
-    {
+    const auto add_dq = [&] {
       const int query_row = warp / kQueryWarpsD * (16 * kQueryM);
       const int query_col = warp % kQueryWarpsD * (8 * kQueryD);
       Fragments<kQueryM, kQueryD> dq;
@@ -165,7 +149,7 @@ extern "C" __global__ void __launch_bounds__(spec.threads(), spec.min_blocks)
       // hold them up, and among them the addresses would take the last registers.
       if (has_next) {
         block.load_queries(params.q, shared.q(next.stage()), next);
-        block.load_queries(params.dout, dout, next);
+        block.load_queries(params.dout, shared.dout(next.stage()), next);
         block.load_row_values(row_values, next);
       }
       copy_async_commit();
@@ -173,8 +157,23 @@ extern "C" __global__ void __launch_bounds__(spec.threads(), spec.min_blocks)
           dq,
           args.accumulator + int64_t{block.accumulator_block(step)} * (spec.tile_m * spec.head_dim),
           query_row / 16, query_col / 8, lane);
+    };
+    // A tile with one buffer is loaded again when nobody reads it any more.
+    if constexpr (spec.do_stages == 2) {
+      add_dq();
+      add_dv();
+      add_dk();
+    } else if constexpr (spec.q_stages == 2) {
+      add_dv();
+      __syncthreads();
+      add_dq();
+      add_dk();
+    } else {
+      add_dv();
+      add_dk();
+      __syncthreads();
+      add_dq();
     }
-    if constexpr (spec.q_stages == 2) add_dk();
     if (has_next) block.store_row_values(row_values);
   }
 

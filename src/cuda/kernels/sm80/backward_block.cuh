@@ -66,7 +66,7 @@ constexpr int kRowValues = (2 * spec.tile_m + spec.threads() - 1) / spec.threads
 
 struct SharedMemory {
   static constexpr int kQ = 2 * KTile::kBytes;
-  static constexpr int kScores = kQ + (spec.q_stages + 1) * QTile::kBytes;
+  static constexpr int kScores = kQ + (spec.q_stages + spec.do_stages) * QTile::kBytes;
   static constexpr int kRows = kScores + 2 * ScoreTile::kBytes;
   static constexpr int kPlaces = kRows + spec.row_buffer_bytes();
   static_assert(kPlaces + spec.place_bytes() == spec.shared_bytes());
@@ -78,7 +78,9 @@ struct SharedMemory {
   FAP_DEVICE QTile q(int stage) const {
     return {base + kQ + stage % spec.q_stages * QTile::kBytes};
   }
-  FAP_DEVICE QTile dout() const { return {base + kQ + spec.q_stages * QTile::kBytes}; }
+  FAP_DEVICE QTile dout(int stage) const {
+    return {base + kQ + (spec.q_stages + stage % spec.do_stages) * QTile::kBytes};
+  }
   FAP_DEVICE ScoreTile p() const { return {base + kScores}; }
   FAP_DEVICE ScoreTile ds() const { return {base + kScores + ScoreTile::kBytes}; }
   // tile_m log-sum-exps (in log2), then as many softmax_d.
@@ -165,12 +167,14 @@ struct KeyBlock {
     return row < queries.free_begin || row + spec.tile_m > queries.free_end;
   }
 
-  // Zeroes what is not seen of a warp's part of P or dS, which begins at (row, column) of the tile.
+  // Zeroes what is not seen of a warp's part of P and dS, which begins at (row, column) of the
+  // tile.
   template <int kM, int kN>
-  FAP_DEVICE void hide(Fragments<kM, kN>& x, Step step, int row, int column, int lane) const {
+  FAP_DEVICE void hide(Fragments<kM, kN>& p, Fragments<kM, kN>& ds, Step step, int row, int column,
+                       int lane) const {
     const Queries queries = shared.queries();
     const Keys keys = shared.keys();
-    hide_entries(x, KeyBounds(mask(keys)), queries.begin, queries.end,
+    hide_entries(p, ds, KeyBounds(mask(keys)), queries.begin, queries.end,
                  step.block() * spec.tile_m + row, keys.first + column, lane);
   }
 

@@ -83,14 +83,14 @@ FAP_DEVICE void exponentiate_scores(Fragments<kM, kN>& s, Fragments<kM, kN>& dp,
 
 // P as it is multiplied with dO: 0 where an entry was dropped.
 template <int kM, int kN>
-FAP_DEVICE void keep_entries(Fragments<kM, kN>& kept, const Fragments<kM, kN>& p) {
+FAP_DEVICE void keep_entries(Fragments<kM, kN>& p) {
 #pragma unroll
   for (int m = 0; m < kM; ++m) {
 #pragma unroll
     for (int n = 0; n < kN; ++n) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        kept[m][n][i] = __float_as_int(p[m][n][i]) < 0 ? 0.0f : p[m][n][i];
+        if (__float_as_int(p[m][n][i]) < 0) p[m][n][i] = 0.0f;
       }
     }
   }
@@ -123,8 +123,8 @@ FAP_DEVICE void differentiate_scores(const Fragments<kM, kN>& p, Fragments<kM, k
 // Zeroes what a row does not see: whatever the operands were, it is 0 and not NaN. Rows outside
 // [rows_begin, rows_end) see nothing. `row` and `column` are the first of the warp's part.
 template <int kM, int kN>
-FAP_DEVICE void hide_entries(Fragments<kM, kN>& x, const KeyBounds& bounds, int rows_begin,
-                             int rows_end, int row, int column, int lane) {
+FAP_DEVICE void hide_entries(Fragments<kM, kN>& p, Fragments<kM, kN>& ds, const KeyBounds& bounds,
+                             int rows_begin, int rows_end, int row, int column, int lane) {
   const int first_row = row + lane / 4, first_key = column + lane % 4 * 2;
 #pragma unroll
   for (int slot = 0; slot < 2 * kM; ++slot) {
@@ -138,7 +138,10 @@ FAP_DEVICE void hide_entries(Fragments<kM, kN>& x, const KeyBounds& bounds, int 
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const int j = 8 * n + i;
-        if (j < begin || j >= end) x[slot / 2][n][slot % 2 * 2 + i] = 0.0f;
+        if (j < begin || j >= end) {
+          p[slot / 2][n][slot % 2 * 2 + i] = 0.0f;
+          ds[slot / 2][n][slot % 2 * 2 + i] = 0.0f;
+        }
       }
     }
   }
