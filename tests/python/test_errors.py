@@ -10,6 +10,8 @@ import flash_attn
 import flash_attn_2_cuda
 from flash_attn import _core
 
+pytestmark = pytest.mark.cpu  # one validation serves all devices, but reads lengths on the CPU only
+
 NAN, INFINITY = float("nan"), float("inf")
 
 

@@ -28,6 +28,11 @@ def test_example_of_the_readme(readme, tmp_path):
     assert "torch.Size([2, 1024, 8, 64])" in run(program)
 
 
+def test_arrays_of_numpy():
+    text = run(ROOT / "examples" / "array_libraries.py", "--numpy")
+    assert text.count("numpy") == 4 and "every other key, causal=True" in text
+
+
 def test_language_model_trains_as_with_torchs_attention_and_writes():
     model = ROOT / "examples" / "language_model.py"
     text = run(model, "--compare", "--steps", "3", "--batch", "1", "--target", "9")

@@ -15,6 +15,8 @@ from flash_attn.modules.mha import (
 )
 from flash_attn.utils.generation import InferenceParams
 
+pytestmark = pytest.mark.cpu  # modules are compared in float32; their kernels are tested elsewhere
+
 # --------------------------------------------------------------------------------------------------
 # MHA: the same whichever way attention is computed
 

@@ -373,6 +373,7 @@ def test_softcap_makes_infinite_scores_finite(dtype):
     compare(q, k, v, softcap=5.0)
 
 
+@pytest.mark.cpu
 def test_float32_subnormals_and_extremes():
     """The largest and the smallest float32 numbers as values."""
     q, k, v = Case(sq=20, sk=30).inputs()

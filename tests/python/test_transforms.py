@@ -106,6 +106,7 @@ def test_vmap_over_sequence_ends_is_refused():
         torch.vmap(function)(torch.stack([CU_Q, CU_Q]))
 
 
+@pytest.mark.cpu  # in float32
 def test_jacobian_of_a_small_call():
     q = torch.randn(1, 2, 1, 4)
     k, v = torch.randn(1, 3, 1, 4), torch.randn(1, 3, 1, 4)
