@@ -142,12 +142,6 @@ FAP_DEVICE void drop_scores(Fragments<kM, kN>& p, const Dropout& dropout, uint32
   }
 }
 
-// Where every row belongs to one warp; see OnlineSoftmax::update.
-struct NoExchange {
-  template <int kSlots, typename Combine>
-  FAP_DEVICE void operator()(float (&)[kSlots], Combine) const {}
-};
-
 // The softmax of rows seen block by block (Milakov and Gimelshein, arXiv:1805.02867).
 //
 // The reference that exponents are taken against is the largest score when it was last moved: it is
@@ -172,11 +166,9 @@ struct OnlineSoftmax {
   }
 
   // Turns scores into weights exp2(s * multiplier - reference), and rescales `out` when a reference
-  // moves. `multiplier` is positive. `exchange(x, f)` makes x[slot] of all warps that share a row
-  // f(one's, the other's).
-  template <int kN, int kD, typename Exchange = NoExchange>
-  FAP_DEVICE void update(Fragments<kM, kN>& s, Fragments<kM, kD>& out, float multiplier,
-                         const Exchange& exchange = {}) {
+  // moves. `multiplier` is positive.
+  template <int kN, int kD>
+  FAP_DEVICE void update(Fragments<kM, kN>& s, Fragments<kM, kD>& out, float multiplier) {
     float largest[2 * kM];
     bool moves = false;
 #pragma unroll
@@ -186,10 +178,8 @@ struct OnlineSoftmax {
 #pragma unroll
       for (int n = 1; n < kN; ++n) most = fmaxf(most, fmaxf(s[m][n][i], s[m][n][i + 1]));
       largest[slot] = quad_max(most) * multiplier;
+      moves |= largest[slot] > reference[slot] + kSlack;
     }
-    exchange(largest, [](float a, float b) { return fmaxf(a, b); });
-#pragma unroll
-    for (int slot = 0; slot < 2 * kM; ++slot) moves |= largest[slot] > reference[slot] + kSlack;
     if (__any_sync(0xFFFFFFFFu, moves)) {
 #pragma unroll
       for (int slot = 0; slot < 2 * kM; ++slot) {
@@ -219,11 +209,9 @@ struct OnlineSoftmax {
   }
 
   // The sums of whole rows. Call once, at the end.
-  template <typename Exchange = NoExchange>
-  FAP_DEVICE void finish(const Exchange& exchange = {}) {
+  FAP_DEVICE void finish() {
 #pragma unroll
     for (int slot = 0; slot < 2 * kM; ++slot) sum[slot] = quad_sum(sum[slot]);
-    exchange(sum, [](float a, float b) { return a + b; });
   }
 
   // With every row's sum finished: log2 of the sum of exp2 over the visible keys and the sink (a

@@ -56,10 +56,9 @@ Kind widened(Kind kind) {
 struct TileShape {
   int tile_m, tile_n, num_warps, stages, min_blocks;
   bool q_in_registers = false;
-  int warps_n = 1;
 };
 
-// FLASH_ATTN_PLUS_FORWARD_TILES="tile_m,tile_n,num_warps,stages,min_blocks,q_in_registers,warps_n"
+// FLASH_ATTN_PLUS_FORWARD_TILES="tile_m,tile_n,num_warps,stages,min_blocks,q_in_registers"
 // takes the place of the tables, for benchmarks/tune_forward.py. Only a process that starts with it
 // set looks at it again.
 bool overridden(TileShape* shape) {
@@ -69,8 +68,8 @@ bool overridden(TileShape* shape) {
   const char* text = std::getenv(kVariable);
   int q_in_registers = 0;
   if (text == nullptr ||
-      std::sscanf(text, "%d,%d,%d,%d,%d,%d,%d", &shape->tile_m, &shape->tile_n, &shape->num_warps,
-                  &shape->stages, &shape->min_blocks, &q_in_registers, &shape->warps_n) != 7) {
+      std::sscanf(text, "%d,%d,%d,%d,%d,%d", &shape->tile_m, &shape->tile_n, &shape->num_warps,
+                  &shape->stages, &shape->min_blocks, &q_in_registers) != 6) {
     return false;
   }
   shape->q_in_registers = q_in_registers != 0;
@@ -86,7 +85,6 @@ ForwardSpec with_shape(const Kind& kind, const TileShape& shape) {
   spec.num_warps = shape.num_warps;
   spec.stages = shape.stages;
   spec.min_blocks = shape.min_blocks;
-  spec.warps_n = shape.warps_n;
   spec.q_in_registers = shape.q_in_registers;
   spec.access = kind.access;
   spec.paged = kind.paged;
@@ -114,7 +112,8 @@ std::vector<TileShape> shapes_for(const Kind& kind) {
     }
     return {{128, 64, 4, 2, 2}, {128, 32, 4, 2, 2}, {128, 32, 4, 1, 2}, {64, 32, 4, 1, 1}};
   }
-  return {{128, 64, 8, 1, 1, false, 2}, {64, 64, 4, 1, 1, false, 2}, {64, 32, 4, 1, 1}};
+  if (crowded) return {{64, 32, 4, 2, 2}, {64, 32, 4, 1, 2}, {64, 32, 4, 1, 1}};
+  return {{64, 64, 4, 1, 2}, {128, 64, 8, 1, 1}, {64, 32, 4, 1, 1}};
 }
 
 ForwardSpec choose(const Kind& call, const DeviceProperties& device) {

@@ -14,8 +14,7 @@ struct ForwardSpec {
   int tile_m = 128;    // query rows of a block of threads
   int tile_n = 64;     // keys of a step
   int num_warps = 4;
-  int warps_n = 1;  // warps that share their rows, 1 or 2
-  int stages = 1;   // buffers for tiles of keys and of values
+  int stages = 1;  // buffers for tiles of keys and of values
   bool q_in_registers = false;
   int min_blocks = 1;  // blocks of threads that a multiprocessor must be able to hold
   Access access = Access::kWhole;
@@ -27,18 +26,14 @@ struct ForwardSpec {
 
   FAP_SHARED constexpr int threads() const { return num_warps * 32; }
   FAP_SHARED constexpr int shared_bytes() const {
-    const int tiles = (tile_m + 2 * stages * tile_n) * padded_row_bytes(head_dim);
-    const int exchanged = tile_m * (padded_row_bytes(tile_n) + 2 * 4);
-    return tiles + (warps_n == 2 ? exchanged : 0);
+    return (tile_m + 2 * stages * tile_n) * padded_row_bytes(head_dim);
   }
   // Scores are brought to their final value, in units of log2, before the softmax; otherwise the
   // scale is a factor in its exponent.
   FAP_SHARED constexpr bool transformed() const { return softcap || alibi; }
-  // A few words of the kernels that do everything at once leave the registers.
+  // A few words of the kernels that do everything at once leave the registers; none of the others'.
   constexpr int max_spill_bytes() const {
-    const bool common =
-        access == Access::kWhole && !(dropout && (alibi || masking == Masking::kWindow));
-    return common ? 0 : 192;
+    return access == Access::kWhole && !dropout ? 0 : 192;
   }
   constexpr int max_stack_bytes() const { return max_spill_bytes(); }
 
@@ -50,7 +45,6 @@ struct ForwardSpec {
     field("tile_m", tile_m);
     field("tile_n", tile_n);
     field("num_warps", num_warps);
-    field("warps_n", warps_n);
     field("stages", stages);
     field("q_in_registers", q_in_registers);
     field("min_blocks", min_blocks);

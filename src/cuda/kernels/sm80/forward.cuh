@@ -11,10 +11,6 @@
 // A warp of 32 rows reads a tile of keys from shared memory once for two rows of fragments: with 16
 // rows those reads, not the tensor cores, would set the pace. Two resident blocks give every
 // scheduler two warps, one multiplying while the other is in its softmax.
-//
-// 32 rows of 256 columns would not fit into registers. There two warps share their rows (warps_n is
-// 2): each multiplies half of the keys and, after the weights went through shared memory, half of
-// the columns of the values.
 #pragma once
 
 #include "attention/sequence.h"
@@ -25,77 +21,30 @@
 
 namespace flash_attn_plus::cuda {
 
-constexpr int kRowsPerWarp = spec.tile_m / (spec.num_warps / spec.warps_n);
-constexpr int kKeysPerWarp = spec.tile_n / spec.warps_n;
-constexpr int kColsPerWarp = spec.head_dim / spec.warps_n;
+constexpr int kRowsPerWarp = spec.tile_m / spec.num_warps;
 constexpr int kM = kRowsPerWarp / 16;
-constexpr int kN = kKeysPerWarp / 8;
-constexpr int kD = kColsPerWarp / 8;
-constexpr int kDepth = spec.head_dim / 16;
+constexpr int kN = spec.tile_n / 8;
+constexpr int kD = spec.head_dim / 8;
 static_assert(kRowsPerWarp % 16 == 0 && kN % 4 == 0 && kD % 2 == 0);
-static_assert(spec.warps_n == 1 || (spec.warps_n == 2 && !spec.q_in_registers));
+static_assert(spec.stages == 1 || spec.stages == 2);
 
 using QTile = Tile<spec.tile_m, spec.head_dim>;
 using KTile = Tile<spec.tile_n, spec.head_dim>;
 using Scores = Fragments<kM, kN>;
 using Output = Fragments<kM, kD>;
 
-using WeightTile = Tile<spec.tile_m, spec.tile_n>;
-
-// What of the block's work is a warp's.
-struct Warp {
-  int row;  // first of its rows in the tile of Q
-  int n;    // which part of the keys and of the columns, 0 or 1
-
-  FAP_DEVICE Warp() {
-    const int warp = warp_id();
-    row = warp / spec.warps_n * kRowsPerWarp;
-    n = warp % spec.warps_n;
-  }
-
-  // Waits for the other warp of these rows.
-  FAP_DEVICE void wait_for_pair() const { sync_threads(1 + row / kRowsPerWarp, 64); }
-};
-
-// The two warps of a row exchange one number for each of their rows.
-struct PairExchange {
-  uint32_t base;  // shared memory: tile_m numbers of each of the two
-  Warp warp;
-
-  FAP_DEVICE uint32_t at(int n, int slot) const {
-    return base + static_cast<uint32_t>(n * spec.tile_m + warp.row + 8 * slot + lane_id() / 4) * 4;
-  }
-  template <typename Combine>
-  FAP_DEVICE void operator()(float (&x)[2 * kM], Combine combine) const {
-    if constexpr (spec.warps_n == 2) {
-      if (lane_id() % 4 == 0) {
-#pragma unroll
-        for (int slot = 0; slot < 2 * kM; ++slot) {
-          store_shared(at(warp.n, slot), __float_as_uint(x[slot]));
-        }
-      }
-      warp.wait_for_pair();
-#pragma unroll
-      for (int slot = 0; slot < 2 * kM; ++slot) {
-        x[slot] = combine(x[slot], __uint_as_float(load_shared4(at(1 - warp.n, slot))));
-      }
-    }
-  }
-};
-
 // Operands of the products of one warp.
 struct Products {
   QTile q_tile;
-  WeightTile weight_tile;
-  Warp warp;
-  uint32_t q[spec.q_in_registers ? kM : 1][spec.q_in_registers ? kDepth : 1][4];
+  int row;  // the warp's first row of the tile
+  uint32_t q[spec.q_in_registers ? kM : 1][spec.q_in_registers ? kD / 2 : 1][4];
 
   FAP_DEVICE void load_q() {
     if constexpr (spec.q_in_registers) {
 #pragma unroll
       for (int m = 0; m < kM; ++m) {
 #pragma unroll
-        for (int d = 0; d < kDepth; ++d) load_a(q[m][d], q_tile, warp.row + 16 * m, 16 * d);
+        for (int d = 0; d < kD / 2; ++d) load_a(q[m][d], q_tile, row + 16 * m, 16 * d);
       }
     }
   }
@@ -111,7 +60,7 @@ struct Products {
       }
     }
 #pragma unroll
-    for (int d = 0; d < kDepth; ++d) {
+    for (int d = 0; d < kD / 2; ++d) {
       uint32_t a[kM][4];
 #pragma unroll
       for (int m = 0; m < kM; ++m) {
@@ -119,13 +68,13 @@ struct Products {
 #pragma unroll
           for (int i = 0; i < 4; ++i) a[m][i] = q[m][d][i];
         } else {
-          load_a(a[m], q_tile, warp.row + 16 * m, 16 * d);
+          load_a(a[m], q_tile, row + 16 * m, 16 * d);
         }
       }
 #pragma unroll
       for (int n = 0; n < kN; n += 2) {
         uint32_t b[4];
-        load_b_rows(b, keys, warp.n * kKeysPerWarp + 8 * n, 16 * d);
+        load_b_rows(b, keys, 8 * n, 16 * d);
 #pragma unroll
         for (int m = 0; m < kM; ++m) {
           mma<spec.dtype>(s[m][n], a[m], b[0], b[1]);
@@ -135,53 +84,22 @@ struct Products {
     }
   }
 
-  // Two rows of fragments of the weights of 16 keys, as operand a.
-  FAP_DEVICE static void pack_weights(uint32_t (&a)[4], const float (&left)[4],
-                                      const float (&right)[4]) {
-    a[0] = pack2<spec.dtype>(left[0], left[1]);
-    a[1] = pack2<spec.dtype>(left[2], left[3]);
-    a[2] = pack2<spec.dtype>(right[0], right[1]);
-    a[3] = pack2<spec.dtype>(right[2], right[3]);
-  }
-
-  // Shows the other warp of these rows the weights of this one's keys, and the other way round.
-  FAP_DEVICE void share_weights(const Scores& p) const {
-    if constexpr (spec.warps_n == 2) {
-      const int lane = lane_id();
-#pragma unroll
-      for (int m = 0; m < kM; ++m) {
-#pragma unroll
-        for (int n = 0; n < kN; ++n) {
-#pragma unroll
-          for (int half = 0; half < 2; ++half) {
-            store_shared(weight_tile.at(warp.row + 16 * m + 8 * half + lane / 4,
-                                        warp.n * kKeysPerWarp + 8 * n + lane % 4 * 2),
-                         pack2<spec.dtype>(p[m][n][2 * half], p[m][n][2 * half + 1]));
-          }
-        }
-      }
-      warp.wait_for_pair();
-    }
-  }
-
   // out += P V
   FAP_DEVICE void multiply_values(Output& out, const Scores& p, KTile values) const {
-    share_weights(p);
 #pragma unroll
-    for (int n = 0; n < spec.tile_n / 8; n += 2) {
+    for (int n = 0; n < kN; n += 2) {
       uint32_t a[kM][4];
 #pragma unroll
       for (int m = 0; m < kM; ++m) {
-        if constexpr (spec.warps_n == 2) {
-          load_a(a[m], weight_tile, warp.row + 16 * m, 8 * n);
-        } else {
-          pack_weights(a[m], p[m][n % kN], p[m][n % kN + 1]);
-        }
+        a[m][0] = pack2<spec.dtype>(p[m][n][0], p[m][n][1]);
+        a[m][1] = pack2<spec.dtype>(p[m][n][2], p[m][n][3]);
+        a[m][2] = pack2<spec.dtype>(p[m][n + 1][0], p[m][n + 1][1]);
+        a[m][3] = pack2<spec.dtype>(p[m][n + 1][2], p[m][n + 1][3]);
       }
 #pragma unroll
       for (int d = 0; d < kD; d += 2) {
         uint32_t b[4];
-        load_b_cols(b, values, 8 * n, warp.n * kColsPerWarp + 8 * d);
+        load_b_cols(b, values, 8 * n, 8 * d);
 #pragma unroll
         for (int m = 0; m < kM; ++m) {
           mma<spec.dtype>(out[m][d], a[m], b[0], b[1]);
@@ -228,12 +146,11 @@ FAP_DEVICE void fill_rows_of_no_sequence(const ForwardArgs& args, uint32_t block
   }
 }
 
-// Writes the warp's part of the output through its place in the tile of Q, which nobody reads any
-// more: every thread then stores 16 bytes of a row.
-FAP_DEVICE void store_output(const Output& out, const ForwardParams& params, QTile tile,
-                             const Warp& warp, uint16_t* first, int rows) {
+// Writes the warp's rows through its part of the tile of Q, which nobody else reads: every thread
+// then stores 16 bytes of a row.
+FAP_DEVICE void store_output(const Output& out, const ForwardParams& params, QTile tile, int row,
+                             uint16_t* first, int rows) {
   const int lane = lane_id();
-  const int first_col = warp.n * kColsPerWarp;
   __syncwarp();
 #pragma unroll
   for (int m = 0; m < kM; ++m) {
@@ -241,20 +158,19 @@ FAP_DEVICE void store_output(const Output& out, const ForwardParams& params, QTi
     for (int d = 0; d < kD; ++d) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        store_shared(
-            tile.at(warp.row + 16 * m + 8 * half + lane / 4, first_col + 8 * d + lane % 4 * 2),
-            pack2<spec.dtype>(out[m][d][2 * half], out[m][d][2 * half + 1]));
+        store_shared(tile.at(row + 16 * m + 8 * half + lane / 4, 8 * d + lane % 4 * 2),
+                     pack2<spec.dtype>(out[m][d][2 * half], out[m][d][2 * half + 1]));
       }
     }
   }
   __syncwarp();
-  constexpr int kChunks = kColsPerWarp / 8;  // of a row
-  static_assert(kRowsPerWarp * kChunks % 32 == 0);
+  constexpr int kChunks = kRowsPerWarp * QTile::kChunks;
+  static_assert(kChunks % 32 == 0);
 #pragma unroll
-  for (int c = 0; c < kRowsPerWarp * kChunks; c += 32) {
-    const int r = (c + lane) / kChunks, col = first_col + (c + lane) % kChunks * 8;
+  for (int c = 0; c < kChunks; c += 32) {
+    const int r = (c + lane) / QTile::kChunks, col = (c + lane) % QTile::kChunks * 8;
     if (r >= rows) continue;
-    const uint4 x = load_shared16(tile.at(warp.row + r, col));
+    const uint4 x = load_shared16(tile.at(row + r, col));
     uint16_t* target = first + r * params.out.row_stride + col;
     if constexpr (spec.access == Access::kElement) {
       const uint32_t words[4] = {x.x, x.y, x.z, x.w};
@@ -273,25 +189,25 @@ FAP_DEVICE void store_output(const Output& out, const ForwardParams& params, QTi
 // Divides by the sums and writes the output and the log-sum-exp. Where they go is found again: kept
 // from the start, it would take registers through the main loop.
 FAP_DEVICE void finish(const ForwardArgs& args, OnlineSoftmax<kM>& softmax, Output& out,
-                       float dropout_scale, QTile q_tile, const PairExchange& exchange) {
+                       float dropout_scale, QTile q_tile) {
   const ForwardParams& params = args.params;
   uint32_t index;
   asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(index));
   const ForwardBlock block = args.block_at(index);
   const Sequence sequence = sequence_at(params, block.batch);
   const int seqlen_q = static_cast<int>(sequence.seqlen_q);
-  const Warp& warp = exchange.warp;
-  const int warp_row = static_cast<int>(block.row_block) * spec.tile_m + warp.row;
+  const int tile_row = warp_id() * kRowsPerWarp;
+  const int warp_row = static_cast<int>(block.row_block) * spec.tile_m + tile_row;
   const float sink = params.s_aux == nullptr
                          ? -kInfinity
                          : params.s_aux[block.head * params.s_aux_stride] * kLog2E;
-  softmax.finish(exchange);
+  softmax.finish();
 #pragma unroll
   for (int slot = 0; slot < 2 * kM; ++slot) {
     float inverse;
     const float lse = softmax.log2_sum(slot, sink, &inverse) * kLn2;
     const int row = warp_row + lane_id() / 4 + 8 * slot;
-    if (lane_id() % 4 == 0 && warp.n == 0 && row < seqlen_q) {
+    if (lane_id() % 4 == 0 && row < seqlen_q) {
       params.softmax_lse.set(block.batch, block.head, sequence.q_begin + row, lse);
     }
     if constexpr (spec.dropout) inverse *= dropout_scale;
@@ -304,7 +220,7 @@ FAP_DEVICE void finish(const ForwardArgs& args, OnlineSoftmax<kM>& softmax, Outp
   uint16_t* target =
       static_cast<uint16_t*>(params.out.data) + block.batch * params.out.batch_stride +
       (sequence.q_begin + warp_row) * params.out.row_stride + block.head * params.out.head_stride;
-  store_output(out, params, q_tile, warp, target, seqlen_q - warp_row);
+  store_output(out, params, q_tile, tile_row, target, seqlen_q - warp_row);
 }
 
 extern "C" __global__ void __launch_bounds__(spec.threads(), spec.min_blocks)
@@ -364,12 +280,10 @@ extern "C" __global__ void __launch_bounds__(spec.threads(), spec.min_blocks)
   load_keys(steps.last, seqlen_k - last_column);
   load_values(steps.last, seqlen_k - last_column);
 
-  // With two warps to a row: their weights, then the numbers that they exchange.
-  const uint32_t behind_tiles = base + QTile::kBytes + 2 * spec.stages * KTile::kBytes;
-  const Warp warp;
-  const PairExchange exchange{behind_tiles + WeightTile::kBytes, warp};
-  Products products{q_tile, {behind_tiles}, warp};
-  const int warp_row = first_row + warp.row;
+  Products products;
+  products.q_tile = q_tile;
+  products.row = warp_id() * kRowsPerWarp;
+  const int warp_row = first_row + products.row;
   const int thread_row = warp_row + lane_id() / 4;
 
   const ScoreTransform transform(params, spec.softcap, batch, head);
@@ -390,12 +304,12 @@ extern "C" __global__ void __launch_bounds__(spec.threads(), spec.min_blocks)
 
   // From products to weights.
   const auto weigh = [&](Scores& s, int step, auto masked) {
-    const int column = step * spec.tile_n + warp.n * kKeysPerWarp;
+    const int column = step * spec.tile_n;
     if constexpr (spec.transformed()) {
       transform_scores<spec.softcap, spec.alibi>(s, transform, thread_row + bounds.offset, column);
     }
     if constexpr (masked) mask_scores<spec.masking>(s, bounds, thread_row, column);
-    softmax.update(s, out, multiplier, exchange);
+    softmax.update(s, out, multiplier);
     if constexpr (spec.dropout) drop_scores(s, dropout, batch, head, warp_row, column);
   };
 
@@ -439,7 +353,7 @@ extern "C" __global__ void __launch_bounds__(spec.threads(), spec.min_blocks)
   }
   copy_async_wait<0>();
 
-  finish(args, softmax, out, dropout.scale, q_tile, exchange);
+  finish(args, softmax, out, dropout.scale, q_tile);
 }
 
 }  // namespace flash_attn_plus::cuda
