@@ -20,12 +20,13 @@ struct Kind {
   Access access;
   bool paged;
   bool transformed;
-  int64_t rows;  // packed query rows of a key head
+  int64_t rows;   // packed query rows of a key head
+  bool one_wave;  // without splits there are no more blocks of threads than multiprocessors
 };
 
 int64_t packed_rows(const ForwardParams& params) { return params.seqlen_q * params.group_size(); }
 
-Kind kind_of(const ForwardParams& params) {
+Kind kind_of(const ForwardParams& params, const DeviceProperties& device) {
   Kind kind;
   kind.dtype = params.dtype;
   kind.head_dim = tile_head_dim(params.head_dim);
@@ -33,12 +34,13 @@ Kind kind_of(const ForwardParams& params) {
   kind.paged = params.block_table != nullptr;
   kind.transformed = params.softcap > 0 || params.alibi_slopes != nullptr;
   kind.rows = packed_rows(params);
+  kind.one_wave = params.batch * params.num_heads_k <= device.num_multiprocessors;
   return kind;
 }
 
-// Streams of keys and their buffers: two blocks of threads a multiprocessor, so that one reads
-// while the other starts or ends, if that leaves each stream three steps; else one block, of fewer
-// streams where shared memory is small.
+// Streams of keys and their buffers, filling the shared memory; fewer streams where it is small.
+// One wave of blocks takes one wide block a multiprocessor, which leaves the fewest parts to merge.
+// Several waves take two, so that one reads while the other starts or ends.
 DecodeSpec choose(const Kind& kind, const DeviceProperties& device) {
   constexpr int kMaxStages = 8, kReserved = 1024;  // bytes that a block takes beside its own
   DecodeSpec spec;
@@ -46,22 +48,30 @@ DecodeSpec choose(const Kind& kind, const DeviceProperties& device) {
   spec.head_dim = kind.head_dim;
   spec.access = kind.access;
   spec.paged = kind.paged;
-  // Kinds that are rare share a kernel that can do more.
+  // Kinds that are rare share a kernel that can do more, or does it in any number of waves.
   spec.transformed = kind.transformed || kind.access != Access::kWhole;
   spec.tile_m = kind.access == Access::kElement || kind.rows <= 16 ? 16 : kind.rows <= 32 ? 32 : 64;
-  spec.step_keys = kind.head_dim < 64 ? 32 : 16;
+  const bool one_wave = kind.one_wave && kind.access == Access::kWhole && spec.tile_m == 16;
+  const struct {
+    int min_blocks, step_keys, stages;
+  } shapes[] = {
+      {one_wave ? 1 : 2, one_wave || kind.head_dim < 64 ? 32 : 16, 3},
+      {1, 16, one_wave ? 3 : 2},
+      {1, 16, 2},
+  };
   for (spec.streams = 64 / spec.tile_m; spec.streams >= 1; spec.streams /= 2) {
-    for (spec.min_blocks = 2; spec.min_blocks >= 1; --spec.min_blocks) {
+    for (const auto& shape : shapes) {
+      spec.min_blocks = shape.min_blocks;
+      spec.step_keys = shape.step_keys;
       const int shared = std::min(device.max_shared_per_block,
                                   device.shared_per_multiprocessor / spec.min_blocks - kReserved);
       const int stage = spec.streams * 2 * spec.tile_bytes();
       spec.stages = std::clamp((shared - spec.query_bytes()) / stage, 0, kMaxStages);
-      const int wanted = spec.min_blocks == 2 ? 3 : 2;
-      if (spec.stages >= wanted && spec.shared_bytes() <= shared) return spec;
+      if (spec.stages >= shape.stages && spec.shared_bytes() <= shared) return spec;
     }
   }
   // Not reached on a GPU that is served: the smallest takes less than 64 kB.
-  spec.streams = spec.min_blocks = 1;
+  spec.streams = 1;
   spec.stages = 2;
   return spec;
 }
@@ -136,7 +146,7 @@ void DecodePlan::set_workspace(void* workspace) {
 
 std::optional<DecodePlan> plan_decode(const ForwardParams& params, const DeviceProperties& device) {
   if (!serves(params, device)) return std::nullopt;
-  DecodeSpec spec = choose(kind_of(params), device);
+  DecodeSpec spec = choose(kind_of(params, device), device);
   int wanted_splits = params.num_splits;
   override_choice(spec, wanted_splits);
   DecodePlan plan;
@@ -174,10 +184,12 @@ std::vector<DecodeSpec> all_decode_specs(const DeviceProperties& device) {
         for (const bool paged : {false, true}) {
           for (const bool transformed : {false, true}) {
             for (const int64_t rows : {16, 32, 64}) {
-              const DecodeSpec spec =
-                  choose({dtype, head_dim, access, paged, transformed, rows}, device);
-              if (std::find(specs.begin(), specs.end(), spec) == specs.end()) {
-                specs.push_back(spec);
+              for (const bool one_wave : {false, true}) {
+                const DecodeSpec spec =
+                    choose({dtype, head_dim, access, paged, transformed, rows, one_wave}, device);
+                if (std::find(specs.begin(), specs.end(), spec) == specs.end()) {
+                  specs.push_back(spec);
+                }
               }
             }
           }

@@ -50,7 +50,7 @@ struct DecodeSpec {
 };
 
 // The part of a row's softmax that one split has seen: its sum of exponentials is sum * 2^top. A
-// part without keys has top -inf and sum 0, and its output is not written.
+// part without keys has top -inf, sum 0 and output 0.
 struct PartialRow {
   float top;
   float sum;

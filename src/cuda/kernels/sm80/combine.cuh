@@ -2,7 +2,8 @@
 //
 // The sums of all parts are read at once, one a thread, and become weights in shared memory; the
 // warps take the parts in turn, each lane some columns, and their sums are added in the order of
-// the warps: the result does not depend on timing. Bound by the latency of three dependent reads.
+// the warps: the result does not depend on timing. Bound by the latency of a launch and of two
+// dependent reads: of the sequence's length, and of all sums and the first outputs together.
 #pragma once
 
 #include "attention/sequence.h"
@@ -45,6 +46,23 @@ extern "C" __global__ void __launch_bounds__(spec.threads())
   const int num_splits = static_cast<int>(args.num_splits);
   PartialRow part = {-kInfinity, 0.0f};
   if (thread < num_splits) part = args.partial_rows[thread * args.num_rows + blockIdx.x];
+
+  // The outputs of a warp's first parts come at the same time as the sums.
+  constexpr int kQuads = spec.head_dim / 4, kAhead = 4, kTurns = (kQuads + 31) / 32;
+  const int64_t split_stride = args.num_rows * spec.head_dim;
+  const float* parts = args.partial_out + blockIdx.x * int64_t{spec.head_dim} + 4 * lane;
+  const auto load = [&](int split, int turn) {
+    return split < num_splits && lane + 32 * turn < kQuads
+               ? *reinterpret_cast<const float4*>(parts + split * split_stride + 128 * turn)
+               : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+  };
+  float4 ahead[kAhead][kTurns];
+#pragma unroll
+  for (int i = 0; i < kAhead; ++i) {
+#pragma unroll
+    for (int turn = 0; turn < kTurns; ++turn) ahead[i][turn] = load(warp + i * spec.warps(), turn);
+  }
+
   const float warp_top = warp_max(part.top);
   if (lane == 0) of_warp[warp].top = warp_top;
   __syncthreads();
@@ -59,22 +77,28 @@ extern "C" __global__ void __launch_bounds__(spec.threads())
 #pragma unroll
   for (int w = 0; w < spec.warps(); ++w) whole.sum += of_warp[w].sum;
 
-  constexpr int kQuads = spec.head_dim / 4;
-  for (int c = lane; c < kQuads; c += 32) {
-    float4 x = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-    const float* parts = args.partial_out + blockIdx.x * int64_t{spec.head_dim} + 4 * c;
-#pragma unroll 4
-    for (int s = warp; s < num_splits; s += spec.warps()) {
-      const float w = weights[s];
-      if (w == 0.0f) continue;  // not written, or lost beside the others; NaN is not 0
-      const float4 y =
-          *reinterpret_cast<const float4*>(parts + s * args.num_rows * int64_t{spec.head_dim});
-      x.x = fmaf(y.x, w, x.x);
-      x.y = fmaf(y.y, w, x.y);
-      x.z = fmaf(y.z, w, x.z);
-      x.w = fmaf(y.w, w, x.w);
-    }
-    *reinterpret_cast<float4*>(&sums[warp][4 * c]) = x;
+  float4 sum[kTurns] = {};
+  const auto add = [&](int split, int turn, float4 y) {
+    const float w = split < num_splits ? weights[split] : 0.0f;
+    if (w == 0.0f) return;  // lost beside the others; NaN is not 0
+    sum[turn].x = fmaf(y.x, w, sum[turn].x);
+    sum[turn].y = fmaf(y.y, w, sum[turn].y);
+    sum[turn].z = fmaf(y.z, w, sum[turn].z);
+    sum[turn].w = fmaf(y.w, w, sum[turn].w);
+  };
+#pragma unroll
+  for (int i = 0; i < kAhead; ++i) {
+#pragma unroll
+    for (int turn = 0; turn < kTurns; ++turn) add(warp + i * spec.warps(), turn, ahead[i][turn]);
+  }
+  for (int s = warp + kAhead * spec.warps(); s < num_splits; s += spec.warps()) {
+#pragma unroll
+    for (int turn = 0; turn < kTurns; ++turn) add(s, turn, load(s, turn));
+  }
+#pragma unroll
+  for (int turn = 0; turn < kTurns; ++turn) {
+    const int quad = lane + 32 * turn;
+    if (quad < kQuads) *reinterpret_cast<float4*>(&sums[warp][4 * quad]) = sum[turn];
   }
   __syncthreads();
 

@@ -222,9 +222,7 @@ FAP_DEVICE void write_rows(const DecodeArgs& args, const Sequence& sequence, int
       const int64_t index = split * args.num_rows +
                             (batch * params.num_heads_k + head_k) * rows_a_head + tile_row + row;
       if (col == 0) args.partial_rows[index] = whole;
-      if (whole.sum != 0.0f) {
-        *reinterpret_cast<float4*>(args.partial_out + index * spec.head_dim + col) = x;
-      }
+      *reinterpret_cast<float4*>(args.partial_out + index * spec.head_dim + col) = x;
     } else {
       const PackedRow packed(tile_row + row, group_size, head_k);
       const int64_t query = sequence.q_begin + packed.query;
