@@ -83,6 +83,22 @@ extern "C" __global__ void __launch_bounds__(spec.threads(), spec.min_blocks)
       if (!step.is_first(shared.steps())) block.pass_turn(step.previous(shared.steps()));
     }
 
+    // What has a second buffer is asked for now. A branch of its own: among the products the
+    // addresses would take the last registers.
+    const Step next = step.next(shared.steps());
+    const bool has_next = next.head < shared.steps().num_heads;
+    float row_values[kRowValues];
+    if (has_next) {
+      if constexpr (spec.q_stages == 2) {
+        block.load_queries(params.q, shared.q(next.stage()), next);
+      }
+      if constexpr (spec.do_stages == 2) {
+        block.load_queries(params.dout, shared.dout(next.stage()), next);
+      }
+      block.load_row_values(row_values, next);
+    }
+    copy_async_commit();
+
     const QTile q = shared.q(step.stage()), dout = shared.dout(step.stage());
     Fragments<kScoreM, kScoreN> p, ds;  // first S and dP
     {
@@ -123,8 +139,8 @@ extern "C" __global__ void __launch_bounds__(spec.threads(), spec.min_blocks)
     if constexpr (spec.deterministic) block.wait_for_turn(step);
     __syncthreads();
 
-    const Step next = step.next(shared.steps());
-    const bool has_next = next.head < shared.steps().num_heads;
+    if (has_next) block.store_row_values(row_values);  // all have read those of this step
+
     const int lane = read_lane(), warp = read_thread() / 32;
     const int key_row = warp / kKeyWarpsD * (16 * kKeyN);
     const int key_col = warp % kKeyWarpsD * (8 * kKeyD);
@@ -137,7 +153,6 @@ extern "C" __global__ void __launch_bounds__(spec.threads(), spec.min_blocks)
                                             ColumnsOfA<ScoreTile>(shared.ds(), 0, key_row, lane),
                                             ColumnsOfB<QTile>(q, 0, key_col, lane));
     };
-    float row_values[kRowValues];
     const auto add_dq = [&] {
       const int query_row = warp / kQueryWarpsD * (16 * kQueryM);
       const int query_col = warp % kQueryWarpsD * (8 * kQueryD);
@@ -145,36 +160,36 @@ extern "C" __global__ void __launch_bounds__(spec.threads(), spec.min_blocks)
       set_zero(dq);
       multiply_add<spec.dtype, spec.tile_n>(dq, RowsOfA<ScoreTile>(shared.ds(), query_row, 0, lane),
                                             ColumnsOfB<KTile>(shared.k(), 0, query_col, lane));
-      // The next tiles are asked for while the results are on the way: before the products it would
-      // hold them up, and among them the addresses would take the last registers.
-      if (has_next) {
-        block.load_queries(params.q, shared.q(next.stage()), next);
-        block.load_queries(params.dout, shared.dout(next.stage()), next);
-        block.load_row_values(row_values, next);
-      }
-      copy_async_commit();
       add_fragments<spec.vector_add, spec.head_dim>(
           dq,
           args.accumulator + int64_t{block.accumulator_block(step)} * (spec.tile_m * spec.head_dim),
           query_row / 16, query_col / 8, lane);
     };
-    // A tile with one buffer is loaded again when nobody reads it any more.
+    // A tile with one buffer is loaded again as soon as nobody reads it any more, under the
+    // products that are left.
+    const auto load_again = [&](bool with_q) {
+      __syncthreads();
+      if (has_next) {
+        if (with_q) block.load_queries(params.q, q, next);
+        block.load_queries(params.dout, dout, next);
+      }
+      copy_async_commit();
+    };
     if constexpr (spec.do_stages == 2) {
       add_dq();
       add_dv();
       add_dk();
     } else if constexpr (spec.q_stages == 2) {
       add_dv();
-      __syncthreads();
+      load_again(false);
       add_dq();
       add_dk();
     } else {
       add_dv();
       add_dk();
-      __syncthreads();
+      load_again(true);
       add_dq();
     }
-    if (has_next) block.store_row_values(row_values);
   }
 
   // dK and dV, by way of the tiles of K and V.
