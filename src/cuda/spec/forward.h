@@ -32,9 +32,7 @@ struct ForwardSpec {
   // scale is a factor in its exponent.
   FAP_SHARED constexpr bool transformed() const { return softcap || alibi; }
   // A few words of the kernels that do everything at once leave the registers; none of the others'.
-  constexpr int max_spill_bytes() const {
-    return access == Access::kWhole && !dropout ? 0 : 192;
-  }
+  constexpr int max_spill_bytes() const { return access == Access::kWhole && !dropout ? 0 : 192; }
   constexpr int max_stack_bytes() const { return max_spill_bytes(); }
 
   constexpr bool operator==(const ForwardSpec&) const = default;
