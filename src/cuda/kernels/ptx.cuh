@@ -212,6 +212,19 @@ FAP_DEVICE int lane_id() { return static_cast<int>(threadIdx.x) & 31; }
 // The same in all lanes, and known to be: what depends on it stays in uniform registers.
 FAP_DEVICE int warp_id() { return __shfl_sync(0xFFFFFFFFu, static_cast<int>(threadIdx.x) / 32, 0); }
 
+// A kernel that is launched early (LaunchShape::early) may start when all blocks of the one before
+// it have let it, and waits for that one's end and results. Nothing otherwise, or before 9.0.
+FAP_DEVICE void let_next_kernel_start() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+FAP_DEVICE void wait_for_previous_kernel() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 // Barrier `id` (0 is that of __syncthreads) for so many threads of the block.
 FAP_DEVICE void sync_threads(int id, int num_threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(num_threads) : "memory");

@@ -36,6 +36,11 @@ void bind_all(void* library, Driver& driver) {
   get(driver.set_kernel_attribute, "cuKernelSetAttribute");
   get(driver.kernel_function, "cuKernelGetFunction");
   get(driver.launch, "cuLaunchKernel");
+  int version = 0;
+  driver.launch_config = nullptr;
+  if (driver.version(&version) == kDriverSuccess && version >= 12030) {
+    bind(library, "cuLaunchKernelEx", driver.launch_config);
+  }
   get(driver.set_bytes, "cuMemsetD8Async");
   get(driver.exchange_capture_mode, "cuThreadExchangeStreamCaptureMode");
 }

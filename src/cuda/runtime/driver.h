@@ -34,6 +34,21 @@ enum KernelAttribute : int {
 // CUstreamCaptureMode.
 enum CaptureMode : int { kCaptureRelaxed = 2 };
 
+// CUlaunchAttribute and CUlaunchConfig.
+struct LaunchAttribute {
+  int id;
+  alignas(8) char value[64];
+};
+constexpr int kEarlyLaunch = 6;  // CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION, an int
+struct LaunchConfig {
+  unsigned grid[3];
+  unsigned block[3];
+  unsigned shared_bytes;
+  void* stream;
+  LaunchAttribute* attributes;
+  unsigned num_attributes;
+};
+
 // Contexts, streams, libraries and kernels are opaque.
 struct Driver {
   DriverResult (*init)(unsigned flags);
@@ -59,6 +74,9 @@ struct Driver {
   DriverResult (*launch)(void* kernel, unsigned grid_x, unsigned grid_y, unsigned grid_z,
                          unsigned block_x, unsigned block_y, unsigned block_z,
                          unsigned shared_bytes, void* stream, void** arguments, void** extra);
+  // Null in a driver before 12.3, with which a graph cannot hold an early launch.
+  DriverResult (*launch_config)(const LaunchConfig* config, void* kernel, void** arguments,
+                                void** extra);
   DriverResult (*set_bytes)(void* pointer, unsigned char value, size_t count, void* stream);
   DriverResult (*exchange_capture_mode)(int* mode);
 };

@@ -80,12 +80,22 @@ void launch(const Kernel& kernel, const LaunchShape& shape, void* stream, const 
   }
   const Driver& cuda = driver();
   void* arguments[] = {const_cast<void*>(args)};
-  check_driver(cuda,
-               cuda.launch(kernel.handle, static_cast<unsigned>(shape.blocks), 1, 1,
-                           static_cast<unsigned>(shape.threads), 1, 1,
-                           static_cast<unsigned>(shape.shared_bytes), stream, arguments, nullptr),
-               "cuLaunchKernel", " for ", kernel.name, ", ", shape.blocks, " blocks of ",
-               shape.threads, " threads with ", shape.shared_bytes, " bytes of shared memory");
+  const unsigned blocks = static_cast<unsigned>(shape.blocks);
+  const unsigned threads = static_cast<unsigned>(shape.threads);
+  const unsigned shared_bytes = static_cast<unsigned>(shape.shared_bytes);
+  DriverResult result;
+  if (shape.early && cuda.launch_config != nullptr) {
+    LaunchAttribute attribute{kEarlyLaunch, {}};
+    attribute.value[0] = 1;  // little-endian
+    const LaunchConfig config{{blocks, 1, 1}, {threads, 1, 1}, shared_bytes, stream, &attribute, 1};
+    result = cuda.launch_config(&config, kernel.handle, arguments, nullptr);
+  } else {
+    result = cuda.launch(kernel.handle, blocks, 1, 1, threads, 1, 1, shared_bytes, stream,
+                         arguments, nullptr);
+  }
+  check_driver(cuda, result, "cuLaunchKernel", " for ", kernel.name, ", ", shape.blocks,
+               " blocks of ", shape.threads, " threads with ", shape.shared_bytes,
+               " bytes of shared memory");
 }
 
 void set_zero(void* pointer, size_t bytes, void* stream) {

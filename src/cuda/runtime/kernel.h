@@ -34,6 +34,9 @@ struct LaunchShape {
   int64_t blocks = 0;  // 0: nothing is launched; at most 2^31 - 1
   int threads = 0;
   int shared_bytes = 0;  // dynamic
+  // From compute capability 9.0 on: starts before the stream's last kernel has ended, and waits for
+  // its results by wait_for_previous_kernel().
+  bool early = false;
 };
 
 // Launches in the current context. `args` is the kernel's one argument, a struct, which is copied.

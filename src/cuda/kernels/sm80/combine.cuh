@@ -31,6 +31,7 @@ extern "C" __global__ void __launch_bounds__(spec.threads())
   __shared__ PartialRow of_warp[spec.warps()];
   __shared__ __align__(16) float sums[spec.warps()][spec.head_dim];
   const ForwardParams& params = args.params;
+  wait_for_previous_kernel();
   fill_unused_rows(params);
 
   const int group_size = static_cast<int>(params.group_size());

@@ -357,6 +357,7 @@ extern "C" __global__ void __launch_bounds__(spec.threads(), spec.min_blocks)
     stage = stage == spec.stages - 1 ? 0 : stage + 1;
   }
   copy_async_wait<0>();
+  let_next_kernel_start();
   write_rows(args, sequence, batch, head_k, split, tile_row, num_rows, shared, out, softmax);
 }
 
