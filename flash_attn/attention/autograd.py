@@ -17,6 +17,7 @@ from flash_attn.attention import arguments
 from flash_attn.attention.arguments import maybe_contiguous, unpack
 from flash_attn.attention.calls import run_backward, run_forward
 from flash_attn.attention.library import NO_SECOND_DERIVATIVE
+from flash_attn.backends import chosen_in_block, use_backend
 
 
 def _first_derivative(backward):
@@ -39,6 +40,7 @@ def _forward(ctx, q, k, v, options, sequences, return_attn_probs, direct=False):
         q, k, v, options, sequences, return_attn_probs, True, direct
     )
     ctx.set_materialize_grads(False)
+    ctx.backend = chosen_in_block()  # autograd computes gradients of a GPU in a thread of its own
     # Tensors are saved as such: a change in place is noticed, and saved-tensor hooks see them.
     tensors = ()
     _, _, _, _, _, alibi_slopes, s_aux, _, rng_state, _ = options
@@ -72,21 +74,14 @@ def _backward(ctx, saved, dout, dsoftmax_lse, dq, dk, dv):
             ds_aux = empty_like(s_aux)
     if dout is None:  # only softmax_lse was used
         dout = torch.zeros_like(out)
-    run_backward(
-        maybe_contiguous(dout),
-        q,
-        k,
-        v,
-        out,
-        softmax_lse,
-        dq,
-        dk,
-        dv,
-        options,
-        sequences,
-        dsoftmax_lse,
-        ds_aux,
-    )
+    dout = maybe_contiguous(dout)
+    call = (dout, q, k, v, out, softmax_lse, dq, dk, dv)
+    call += (options, sequences, dsoftmax_lse, ds_aux)
+    if ctx.backend is None:
+        run_backward(*call)
+    else:
+        with use_backend(ctx.backend):
+            run_backward(*call)
     return ds_aux
 
 

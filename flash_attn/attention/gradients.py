@@ -7,6 +7,7 @@ from torch import Tensor
 
 from flash_attn.attention.library import NO_SECOND_DERIVATIVE, refuse_cache
 from flash_attn.attention.registry import library
+from flash_attn.backends import chosen_in_block, use_backend
 
 
 class _Gradients(torch.autograd.Function):
@@ -33,6 +34,7 @@ def _setup_context(names: list[str]):
         out, softmax_lse, s_dmask, rng_state = output
         ctx.mark_non_differentiable(s_dmask, rng_state)
         ctx.set_materialize_grads(False)
+        ctx.backend = chosen_in_block()
         ctx.numbers = {name: x for name, x in given.items() if not isinstance(x, Tensor)}
         tensors = {name: x for name, x in given.items() if isinstance(x, Tensor)}
         tensors |= {"out": out, "softmax_lse": softmax_lse, "rng_state": rng_state}
@@ -47,30 +49,31 @@ def _formula(names: list[str]):
         given = ctx.numbers | dict(zip(ctx.names, ctx.saved_tensors, strict=True))
         refuse_cache(given.get("block_table"), given.get("leftpad_k"))
         out = given["out"]
-        dq, dk, dv, ds_aux = _Gradients.apply(
-            torch.zeros_like(out) if dout is None else dout,
-            given["q"],
-            given["k"],
-            given["v"],
-            out,
-            given["softmax_lse"],
-            dsoftmax_lse,
-            given["dropout_p"],
-            given["softmax_scale"],
-            given["causal"],
-            given["window_size_left"],
-            given["window_size_right"],
-            given["softcap"],
-            given["alibi_slopes"],
-            given["s_aux"],
-            given["rng_state"],
-            given.get("cu_seqlens_q"),
-            given.get("cu_seqlens_k"),
-            given.get("max_seqlen_q", 0),
-            given.get("max_seqlen_k", 0),
-            given.get("seqused_k"),
-            given["deterministic"],
-        )
+        with use_backend(ctx.backend):
+            dq, dk, dv, ds_aux = _Gradients.apply(
+                torch.zeros_like(out) if dout is None else dout,
+                given["q"],
+                given["k"],
+                given["v"],
+                out,
+                given["softmax_lse"],
+                dsoftmax_lse,
+                given["dropout_p"],
+                given["softmax_scale"],
+                given["causal"],
+                given["window_size_left"],
+                given["window_size_right"],
+                given["softcap"],
+                given["alibi_slopes"],
+                given["s_aux"],
+                given["rng_state"],
+                given.get("cu_seqlens_q"),
+                given.get("cu_seqlens_k"),
+                given.get("max_seqlen_q", 0),
+                given.get("max_seqlen_k", 0),
+                given.get("seqused_k"),
+                given["deterministic"],
+            )
         gradients = {"q": dq, "k": dk, "v": dv}
         if given["s_aux"] is not None:
             gradients["s_aux"] = ds_aux

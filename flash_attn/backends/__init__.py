@@ -84,6 +84,8 @@ def set_backend(name: str | None) -> None:
 def use_backend(name: str | None) -> Iterator[None]:
     """Chooses the backend of accelerator tensors within a block, for this thread or task alone.
 
+    Gradients of the calls within follow, wherever and whenever they are computed.
+
     Arguments:
         name: "native", "flaggems", or None to follow `set_backend` and the environment.
 
@@ -95,6 +97,11 @@ def use_backend(name: str | None) -> Iterator[None]:
         yield
     finally:
         _block.reset(token)
+
+
+def chosen_in_block() -> str | None:
+    """What `use_backend` says here."""
+    return _block.get()
 
 
 def requested() -> tuple[str | None, str]:

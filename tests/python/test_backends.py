@@ -177,6 +177,30 @@ def test_block_wins_over_process_and_ends():
     assert backend_for(on(GPU)) is native
 
 
+@pytest.mark.parametrize("seen_by", ("autograd", "op"))
+def test_gradients_follow_the_block_of_their_call(monkeypatch, seen_by):
+    """Autograd computes those of a GPU in a thread of its own, where no block is."""
+    seen, backward = [], native.backward
+
+    def recorded(*arguments):
+        seen.append(backends.requested()[0])
+        return backward(*arguments)
+
+    monkeypatch.setattr(native, "backward", recorded)
+    q = torch.randn(1, 3, 2, 8, requires_grad=True)
+    with use_backend("native"):
+        if seen_by == "autograd":
+            out = flash_attn.flash_attn_func(q, q, q)
+        else:
+            out = torch.ops.flash_attn._flash_attn_forward(
+                *(q, q, q, 0.0, 1.0, False, -1, -1, 0.0, None, False)
+            )[0]
+    thread = threading.Thread(target=lambda: out.sum().backward())
+    thread.start()
+    thread.join()
+    assert seen == ["native"]
+
+
 def test_block_ends_with_an_exception():
     with pytest.raises(ZeroDivisionError), use_backend("native"):
         raise ZeroDivisionError
