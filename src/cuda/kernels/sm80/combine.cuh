@@ -2,8 +2,9 @@
 //
 // The sums of all parts are read at once, one a thread, and become weights in shared memory; the
 // warps take the parts in turn, each lane some columns, and their sums are added in the order of
-// the warps: the result does not depend on timing. Bound by the latency of a launch and of two
-// dependent reads: of the sequence's length, and of all sums and the first outputs together.
+// the warps: the result does not depend on timing. Bound by latency: so the kernel starts while
+// decode ends, looks up the sequence before it waits for the parts, and asks for all sums and the
+// first outputs together.
 #pragma once
 
 #include "attention/sequence.h"
@@ -31,7 +32,6 @@ extern "C" __global__ void __launch_bounds__(spec.threads())
   __shared__ PartialRow of_warp[spec.warps()];
   __shared__ __align__(16) float sums[spec.warps()][spec.head_dim];
   const ForwardParams& params = args.params;
-  wait_for_previous_kernel();
   fill_unused_rows(params);
 
   const int group_size = static_cast<int>(params.group_size());
@@ -41,6 +41,7 @@ extern "C" __global__ void __launch_bounds__(spec.threads())
   const int64_t batch = head_index / static_cast<uint32_t>(params.num_heads_k);
   const int head_k = static_cast<int>(head_index % static_cast<uint32_t>(params.num_heads_k));
   const Sequence sequence = sequence_at(params, batch);
+  wait_for_previous_kernel();  // the parts
   if (row >= sequence.seqlen_q * group_size) return;
 
   const int thread = static_cast<int>(threadIdx.x), warp = warp_id(), lane = lane_id();
