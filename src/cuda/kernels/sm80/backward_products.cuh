@@ -53,16 +53,17 @@ using RowsOfB = OperandReader<T, false, false>;
 template <typename T>
 using ColumnsOfB = OperandReader<T, false, true>;
 
-// lane_id() and threadIdx.x, read again every time.
+// lane_id() and threadIdx.x, read again every time. Cut to their range, of which the compiler knows
+// nothing, so that dividing them is a shift.
 FAP_DEVICE int read_lane() {
   int lane;
   asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
-  return lane;
+  return lane & 31;
 }
 FAP_DEVICE int read_thread() {
   int thread;
   asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
-  return thread;
+  return thread & 1023;
 }
 
 // c += a b over a depth of kDepth.
