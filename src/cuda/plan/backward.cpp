@@ -102,6 +102,7 @@ struct Candidate {
   BackwardTiles tiles;
 };
 constexpr Candidate kCandidates[] = {
+    {48, true, {64, 64, 4, 2, 2, 3}},     //
     {64, true, {64, 64, 4, 2, 1, 3}},     //
     {64, false, {64, 128, 8, 2, 2, 1}},   //
     {80, false, {64, 64, 4, 2, 2, 2}},    //
