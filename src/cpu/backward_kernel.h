@@ -17,6 +17,7 @@
 #pragma once
 
 #include <algorithm>
+#include <numeric>
 #include <type_traits>
 
 #include "attention/dropout.h"
@@ -74,8 +75,12 @@ class BackwardTask {
     point_to_rows(params_.v, keys, head_k, v_, kBackwardMaxBlockN);
     keys_finite_ = pairs_.pack_keys(k_, v_, keys.rows);
     float_keys_packed_ = false;
-    std::memset(dk_, 0, width_ * dkv_stride_ * sizeof(float));
-    std::memset(dv_, 0, width_ * dkv_stride_ * sizeof(float));
+    // Of the columns only those that products reach: a short sequence has few.
+    const int64_t num_columns = round_up(keys.rows.size(), kColumnsOfTiles);
+    for (int64_t x = 0; x < width_; ++x) {
+      std::memset(dk_ + x * dkv_stride_, 0, num_columns * sizeof(float));
+      std::memset(dv_ + x * dkv_stride_, 0, num_columns * sizeof(float));
+    }
 
     const Range blocks = plan_.query_blocks(keys);
     const int64_t group = params_.group_size();
@@ -105,6 +110,11 @@ class BackwardTask {
   // Infinity and NaN have no bf16 parts, and must stay away from what the mask hides: a pair of
   // blocks that holds one is multiplied as float. The accumulators are the same.
   static constexpr bool kFallsBack = kNumParts > 0;
+
+  // Keys of a block are multiplied in multiples of this, whichever pairs do it.
+  static constexpr int64_t kColumnsOfTiles =
+      std::lcm(BlockPairs<kNumParts>::kTileN, BlockPairs<0>::kTileN);
+  static_assert(kBackwardMaxBlockN / 2 % kColumnsOfTiles == 0);
 
   // One pair of blocks. False: the call has failed elsewhere.
   bool add_block(const BackwardBlock& keys, const BackwardBlock& queries, const QueryBlock& block,
