@@ -58,17 +58,10 @@ def gpu_lines(cache):
     """What the native GPU kernels need: driver, compiler, and where compiled kernels are kept."""
     from flash_attn import _core
 
-    lines = []
-    if hasattr(_core, "cuda_runtime"):  # lines of "name: value"
-        cuda.prepare()
-        report = attempt(_core.cuda_runtime)
-        lines += [tuple(line.split(": ", 1)) for line in report.splitlines() if ": " in line]
-    searched = ", ".join(map(str, cuda.nvrtc_directories()))
-    return [
-        *lines,
-        ("NVRTC of torch", searched),
-        ("compiled kernels", f"{cache}: {attempt(lambda: cache_state(cache))}"),
-    ]
+    cuda.prepare()
+    report = attempt(_core.cuda_runtime)  # lines of "name: value"
+    lines = [tuple(line.split(": ", 1)) for line in report.splitlines() if ": " in line]
+    return [*lines, ("compiled kernels", f"{cache}: {attempt(lambda: cache_state(cache))}")]
 
 
 def self_test(device):
