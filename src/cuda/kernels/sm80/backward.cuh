@@ -8,7 +8,8 @@
 //
 // The warps share each product in their own way, in parts of about 32 x 32: with less, reads of
 // fragments from shared memory, and not the tensor cores, would set the pace. They are the closer
-// limit anyway; two resident blocks of 4 warps let one compute while the other waits at a barrier.
+// limit anyway, so barriers and exponentials must hide: P is computed while dP is multiplied, and
+// where the registers allow it several blocks share a multiprocessor.
 //
 // Deterministic mode: the blocks of keys add to a block of queries in the order of their keys. They
 // are numbered in the order in which they start, so whoever is waited for is running.
