@@ -62,7 +62,10 @@ def _stream(q: Tensor) -> int:
 
 
 def _call_with_workspace(function, leading: tuple, arguments: tuple, num_bytes: int) -> None:
-    """Repeats a call of the core that asked for so many bytes; the CPU never does.
+    """Repeats a call of the core that asked for so many bytes.
+
+    It asks only on a GPU, and only where this torch lends the core no allocator, or has no memory
+    left, which torch's own error says best.
 
     Leading are the arguments of every call, behind which the workspace belongs.
     """
