@@ -22,8 +22,7 @@ constexpr float kInfinity = __builtin_bit_cast(float, 0x7F800000u);
 constexpr float kLog2E = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
 
-// ---- numbers
-// --------------------------------------------------------------------------------------
+// ---- numbers ----------------------------------------------------------------
 
 FAP_DEVICE float exp2_approx(float x) {  // relative error 2^-22; 0 for -inf
   float y;
@@ -78,8 +77,7 @@ FAP_DEVICE void unpack2(uint32_t packed, float& low, float& high) {
   }
 }
 
-// ---- shared memory
-// --------------------------------------------------------------------------------
+// ---- shared memory ----------------------------------------------------------
 
 FAP_DEVICE uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
@@ -157,8 +155,7 @@ FAP_DEVICE void store_matrices(uint32_t address, const uint32_t (&x)[4]) {
 }
 #endif
 
-// ---- memory that blocks of threads share
-// ---------------------------------------------------------------------------------
+// ---- memory that blocks of threads share ------------------------------------
 
 FAP_DEVICE void add_to_memory(float* target, float x) {
   asm volatile("red.relaxed.gpu.global.add.f32 [%0], %1;" ::"l"(target), "f"(x) : "memory");
@@ -181,8 +178,7 @@ FAP_DEVICE uint32_t load_acquire(const uint32_t* source) {
   return x;
 }
 
-// ---- tensor cores
-// ---------------------------------------------------------------------------------
+// ---- tensor cores -----------------------------------------------------------
 
 // d (16x8, float32) += a (16x16) b (16x8). With g = lane / 4, t = lane % 4 a thread holds
 //   d: (g, 2t) (g, 2t+1) (g+8, 2t) (g+8, 2t+1)
@@ -205,8 +201,7 @@ FAP_DEVICE void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t
   }
 }
 
-// ---- threads
-// --------------------------------------------------------------------------------------
+// ---- threads ----------------------------------------------------------------
 
 FAP_DEVICE int lane_id() { return static_cast<int>(threadIdx.x) & 31; }
 // The same in all lanes, and known to be: what depends on it stays in uniform registers.
