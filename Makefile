@@ -149,7 +149,7 @@ test-aarch64: $(VENV)/.tools  ## the C++ tests built for aarch64 and emulated (s
 	$(cmake) --build build/aarch64/core -j $(JOBS)
 	$(ctest) --test-dir build/aarch64/core --progress --output-on-failure -j $(JOBS)
 
-# Ten minutes at most; build/kernels keeps what was compiled for the next run.
+# Ten minutes or so; build/kernels keeps what was compiled for the next run.
 .PHONY: test-kernels
 test-kernels: $(VENV)/.package $(VENV)/.tools  ## the CUDA kernels compiled for every architecture, without a GPU
 	$(bin)/python tests/kernels/compile_matrix.py --jobs $(JOBS)

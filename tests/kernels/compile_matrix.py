@@ -14,6 +14,7 @@ import heapq
 import itertools
 import os
 import sys
+import time
 
 from flash_attn.cli import machine
 from flash_attn.cli.compile import compile_kernels, kernels_of
@@ -54,7 +55,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     parser.add_argument("--arch", nargs="+", type=int, default=ARCHITECTURES)
     parser.add_argument("--jobs", type=int, default=machine.cores())
-    parser.add_argument("--minutes", type=float, default=10, help="nothing is begun after so long")
+    parser.add_argument("--minutes", type=float, default=10, help="time of a run")
+    parser.add_argument("--most", type=float, default=14, help="minutes for the first set, at most")
     parser.add_argument(
         "--kind", nargs="+", help="only these kinds: forward, backward, decode, ..."
     )
@@ -70,11 +72,15 @@ def main():
     rest = [kernel for kernel in kernels if kernel not in chosen]
     print(f"{len(kernels)} kernels, {len(first)} of which hold every pair of values", flush=True)
 
-    problems, seen = [], 0
+    start, problems, seen = time.monotonic(), [], 0
     use = collections.defaultdict(lambda: [0, 0, 0.0, 0, 0])
-    for kernel, report, error in compile_kernels(
-        [*first, *rest], arguments.jobs, 60 * arguments.minutes
-    ):
+
+    def results():
+        yield from compile_kernels(first, arguments.jobs, 60 * arguments.most)
+        left = start + 60 * arguments.minutes - time.monotonic()
+        yield from compile_kernels(rest, arguments.jobs, left)
+
+    for kernel, report, error in results():
         seen += 1
         chosen.discard(kernel)
         if error or report["excess"]:
