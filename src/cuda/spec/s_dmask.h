@@ -12,6 +12,7 @@ struct SDmaskSpec {
   DType dtype = DType::kBFloat16;
 
   FAP_SHARED constexpr int threads() const { return 256; }
+  constexpr int max_stack_bytes() const { return 16; }  // a random block, indexed by the column
 
   constexpr bool operator==(const SDmaskSpec&) const = default;
   template <typename F>
