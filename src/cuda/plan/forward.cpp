@@ -98,7 +98,7 @@ ForwardSpec with_shape(const Kind& kind, const TileShape& shape) {
 // The best shape first. A warp of 32 rows keeps head_dim + tile_n accumulators a thread, one of 16
 // rows half as many, out of 255 registers; Q fits into registers beside them for small heads only.
 // What the features of a kind need more comes off tile_n.
-std::vector<TileShape> shapes_for(const Kind& kind) {
+std::vector<TileShape> shapes_for(const Kind& kind, const DeviceProperties& device) {
   const int features = kind.softcap + kind.alibi + kind.dropout;
   const bool crowded = features > 0 || kind.masking == Masking::kWindow || kind.paged ||
                        kind.access != Access::kWhole;
@@ -107,7 +107,9 @@ std::vector<TileShape> shapes_for(const Kind& kind) {
     return {{128, 64, 4, 1, 2, q_in_registers}, {64, 32, 4, 1, 1}};
   }
   if (kind.head_dim <= 128) {
-    if (crowded && kind.head_dim > 64) {
+    // ptxas takes a few more registers for 10.x and 11.x.
+    const bool tight = kind.head_dim == 128 && device.arch >= 100 && device.arch < 120;
+    if (crowded || tight) {
       return {{128, 32, 4, 2, 2}, {128, 32, 4, 1, 2}, {64, 32, 4, 1, 1}};
     }
     return {{128, 64, 4, 2, 2}, {128, 32, 4, 2, 2}, {128, 32, 4, 1, 2}, {64, 32, 4, 1, 1}};
@@ -120,7 +122,7 @@ ForwardSpec choose(const Kind& call, const DeviceProperties& device) {
   const Kind kind = widened(call);
   if (TileShape shape; overridden(&shape)) return with_shape(kind, shape);
   constexpr int kReserved = 1024;  // of every resident block
-  for (const TileShape& shape : shapes_for(kind)) {
+  for (const TileShape& shape : shapes_for(kind, device)) {
     const ForwardSpec spec = with_shape(kind, shape);
     if (spec.shared_bytes() <= device.max_shared_per_block &&
         spec.min_blocks * (spec.shared_bytes() + kReserved) <= device.shared_per_multiprocessor) {
