@@ -3,8 +3,8 @@
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
+#include <span>
 
-#include "attention/dropout.h"
 #include "attention/error.h"
 #include "cuda/plan/kind.h"
 
@@ -98,24 +98,24 @@ ForwardSpec with_shape(const Kind& kind, const TileShape& shape) {
 // The best shape first. A warp of 32 rows keeps head_dim + tile_n accumulators a thread, one of 16
 // rows half as many, out of 255 registers; Q fits into registers beside them for small heads only.
 // What the features of a kind need more comes off tile_n.
-std::vector<TileShape> shapes_for(const Kind& kind, const DeviceProperties& device) {
-  const int features = kind.softcap + kind.alibi + kind.dropout;
-  const bool crowded = features > 0 || kind.masking == Masking::kWindow || kind.paged ||
+std::span<const TileShape> shapes_for(const Kind& kind, const DeviceProperties& device) {
+  static constexpr TileShape kSmall[] = {{128, 64, 4, 1, 2, true}, {64, 32, 4, 1, 1}};
+  static constexpr TileShape kSmallCrowded[] = {{128, 64, 4, 1, 2}, {64, 32, 4, 1, 1}};
+  static constexpr TileShape kMedium[] = {
+      {128, 64, 4, 2, 2}, {128, 32, 4, 2, 2}, {128, 32, 4, 1, 2}, {64, 32, 4, 1, 1}};
+  static constexpr TileShape kLarge[] = {{64, 64, 4, 1, 2}, {128, 64, 8, 1, 1}, {64, 32, 4, 1, 1}};
+  static constexpr TileShape kLargeCrowded[] = {
+      {64, 32, 4, 2, 2}, {64, 32, 4, 1, 2}, {64, 32, 4, 1, 1}};
+  const bool has_feature = kind.softcap || kind.alibi || kind.dropout;
+  const bool crowded = has_feature || kind.masking == Masking::kWindow || kind.paged ||
                        kind.access != Access::kWhole;
-  if (kind.head_dim <= 64) {
-    const bool q_in_registers = features == 0;
-    return {{128, 64, 4, 1, 2, q_in_registers}, {64, 32, 4, 1, 1}};
-  }
+  if (kind.head_dim <= 64) return has_feature ? std::span(kSmallCrowded) : std::span(kSmall);
   if (kind.head_dim <= 128) {
     // ptxas takes a few more registers for 10.x and 11.x.
     const bool tight = kind.head_dim == 128 && device.arch >= 100 && device.arch < 120;
-    if (crowded || tight) {
-      return {{128, 32, 4, 2, 2}, {128, 32, 4, 1, 2}, {64, 32, 4, 1, 1}};
-    }
-    return {{128, 64, 4, 2, 2}, {128, 32, 4, 2, 2}, {128, 32, 4, 1, 2}, {64, 32, 4, 1, 1}};
+    return std::span<const TileShape>(kMedium).subspan(crowded || tight ? 1 : 0);
   }
-  if (crowded) return {{64, 32, 4, 2, 2}, {64, 32, 4, 1, 2}, {64, 32, 4, 1, 1}};
-  return {{64, 64, 4, 1, 2}, {128, 64, 8, 1, 1}, {64, 32, 4, 1, 1}};
+  return crowded ? std::span(kLargeCrowded) : std::span(kLarge);
 }
 
 ForwardSpec choose(const Kind& call, const DeviceProperties& device) {

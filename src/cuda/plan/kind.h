@@ -3,7 +3,6 @@
 
 #include <cstdint>
 #include <initializer_list>
-#include <vector>
 
 #include "attention/params.h"
 #include "cuda/spec.h"

@@ -110,7 +110,7 @@ struct Products {
   }
 };
 
-// Steps over the keys [.., ..) of tiles `last` down to `first`.
+// The tiles of keys that a block of rows visits, from `last` down to `first`.
 struct KeySteps {
   int first, last;            // tiles that some row sees
   int free_first, free_last;  // tiles that all rows see whole: no mask
