@@ -1,0 +1,1 @@
+"""The FlagGems backend: Triton kernels for every accelerator that FlagGems reaches."""
