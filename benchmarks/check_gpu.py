@@ -1,7 +1,8 @@
 """Checks an NVIDIA GPU: are the results right, and how fast are they?
 
 Each check and each timing runs in a process of its own with a time limit, so that one kernel that
-fails or hangs costs nothing but its own row. Parts:
+fails or hangs costs nothing but its own row. What is found is printed as it comes, and summed up at
+the end, also after SIGINT or SIGTERM. Parts:
 
   correctness  every feature x head dimension x dtype, forward and backward, against float64
   forward      TFLOP/s on the grid of hidden size 2048 and 16,384 tokens, beside torch's flash and
@@ -23,7 +24,6 @@ import collections
 import datetime
 import json
 import math
-import os
 import pathlib
 import shlex
 import statistics
@@ -68,8 +68,8 @@ def parse():
     parser.add_argument("--only", nargs="+", default=(), help="features that contain these words")
     parser.add_argument("--seqlen", nargs="+", type=int, default=SEQLENS)
     parser.add_argument("--seconds", type=float, help="stop beginning new work after so long")
-    parser.add_argument("--limit", type=float, default=40, help="seconds of one check or timing")
-    parser.add_argument("--workers", type=int, default=min(12, os.cpu_count() or 4))
+    parser.add_argument("--limit", type=float, default=120, help="seconds of one check or timing")
+    parser.add_argument("--workers", type=int, default=pool.default_workers(12))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--sample-seconds", type=float, default=0.01)
     parser.add_argument("--output", type=pathlib.Path, metavar="PREFIX", help="PREFIX.json and .md")
@@ -93,9 +93,10 @@ def correctness(options, until):
         options.only,
     )
     passed, failures = collections.Counter(), []
-    for outcome in pool.run(
+    outcomes = pool.run(
         checks, "features:run", "features:setup", options.workers, options.limit, until
-    ):
+    )
+    for outcome in pool.watched(outcomes, len(checks)):
         if outcome.error is None:
             passed[outcome.item.feature] += 1
         else:
@@ -116,8 +117,6 @@ def correctness(options, until):
         dims = sorted({item.head_dim for item in items})
         shown = ", ".join(f"{feature} {which}" for feature, which in list(kinds)[:8])
         say(f"    d = {dims}: {shown}{' ...' if len(kinds) > 8 else ''}")
-    for outcome in failures[:3]:
-        print(f"\n{outcome.item}\n{outcome.error[-1500:]}", flush=True)
     return [
         {"check": str(outcome.item), "reason": outcome.reason, "error": outcome.error}
         for outcome in failures
@@ -134,6 +133,11 @@ def timed(work, function, options, until):
         rows[index] = row
         if outcome.error:
             say(f"FAILED {item}: {outcome.reason}")
+        elif "ours" in row:
+            sides = ", ".join(f"{x:.2f} x {side}" for side, x in row["ratios"].items())
+            print(
+                f"{row['kind']} {row['case']}: {row['ours']:.1f} {row['unit']} {sides}", flush=True
+            )
     return [rows[index] for index in sorted(rows)]
 
 
@@ -270,6 +274,7 @@ PARTS = {
 
 def main():
     options = parse()
+    pool.stop_on_signals()
     began = time.monotonic()
     until = began + options.seconds if options.seconds else None
     versions = {name: version for name, version in machine.versions().items() if version}
@@ -288,7 +293,7 @@ def main():
         say(f"\n## {name}\n")
         start = time.monotonic()
         results[name] = PARTS[name](options, until)
-        say(f"({time.monotonic() - start:.0f} s)")
+        say(f"({'stopped after ' * pool.stopped()}{time.monotonic() - start:.0f} s)")
         if options.output is not None:
             options.output.parent.mkdir(parents=True, exist_ok=True)
             options.output.with_suffix(".md").write_text("\n".join(LINES) + "\n")

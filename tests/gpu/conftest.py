@@ -16,11 +16,14 @@ import torch
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent / "python")]
 
+from devices import take_turns  # noqa: E402
+
 HAS_GPU = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
 
 
 def pytest_configure():
     if HAS_GPU:
+        take_turns()
         torch.set_default_device("cuda")
 
 

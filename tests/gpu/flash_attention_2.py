@@ -2,7 +2,7 @@
 
 The file (tests/test_flash_attn.py of its repository, release 2.8.3) is not part of this one: give
 its path. It has some hundreds of thousands of cases, of which a random sample is run, divided among
-processes, each piece with a time limit. Failures are counted by test and reason; `docs/numerics.md`
+processes over all visible GPUs. Failures are counted by test and reason; `docs/numerics.md`
 explains those that stay.
 
   python tests/gpu/flash_attention_2.py PATH/test_flash_attn.py --cases 20000
@@ -10,16 +10,19 @@ explains those that stay.
 
 import argparse
 import collections
-import concurrent.futures
 import json
+import math
 import os
 import random
 import re
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+
+import pool
 
 # Loaded into pytest by name. It keeps a sample of each test's cases before they become items, which
 # would take minutes, and writes down what became of each.
@@ -56,36 +59,89 @@ def pytest_runtest_logreport(report):
 """
 
 
-def run_piece(path, options, piece, directory, sample):
-    """The rows that the plugin wrote, and what pytest said."""
-    results = Path(directory, f"{piece}.jsonl")
-    environment = os.environ | {
-        "FA2_SEED": str(options.seed),
-        "FA2_SAMPLE": json.dumps(sample),
-        "FA2_PIECE": f"{piece}/{options.workers}",
-        "FA2_RESULTS": str(results),
-        "PYTHONPATH": os.pathsep.join([directory, os.environ.get("PYTHONPATH", "")]),
-    }
-    command = [sys.executable, "-m", "pytest", "-q"]
-    command += ["--maxfail=1"] if options.first else []
-    command += ["-p", "fa2_sample", "-p", "no:cacheprovider", "--rootdir", directory, "--tb=short"]
-    command += [] if sample else ["--collect-only"]
-    process = subprocess.Popen(
-        [*command, str(path)],
-        env=environment,
-        cwd=directory,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    try:
-        output, _ = process.communicate(timeout=options.seconds)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        output, _ = process.communicate()
-        output += f"\nstopped after {options.seconds:.0f} s"
-    lines = results.read_text().splitlines() if results.exists() else []
-    return [json.loads(line) for line in lines], output
+class Piece:
+    """A process of pytest, and the rows that it has written so far."""
+
+    def __init__(self, path, options, number, directory, sample):
+        self.results = Path(directory, f"{number}.jsonl")
+        self.log = Path(directory, f"{number}.log")
+        self.rows, self.position, self.heard = [], 0, time.monotonic()
+        environment = os.environ | {
+            "FA2_SEED": str(options.seed),
+            "FA2_SAMPLE": json.dumps(sample),
+            "FA2_PIECE": f"{number}/{options.workers}",
+            "FA2_RESULTS": str(self.results),
+            "PYTHONPATH": os.pathsep.join([directory, os.environ.get("PYTHONPATH", "")]),
+        }
+        command = [sys.executable, "-m", "pytest", "-q"]
+        command += ["--maxfail=1"] if options.first else []
+        command += ["-p", "fa2_sample", "-p", "no:cacheprovider", "--rootdir", directory]
+        command += ["--tb=short"] if sample else ["--collect-only"]
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                [*command, str(path)],
+                env=environment | pool.device_environment(number),
+                cwd=directory,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def new_rows(self):
+        """Those written since the last call, whole lines only."""
+        if not self.results.exists():
+            return []
+        with self.results.open("rb") as file:
+            file.seek(self.position)
+            lines = file.read().rpartition(b"\n")[0].splitlines(keepends=True)
+        if lines:
+            self.position += sum(map(len, lines)) + (not lines[-1].endswith(b"\n"))
+            self.heard = time.monotonic()
+        rows = [json.loads(line) for line in lines]
+        self.rows += rows
+        return rows
+
+    def last_line(self):
+        lines = self.log.read_text(errors="replace").strip().splitlines()
+        return lines[-1][:200] if lines else ""
+
+
+def run_pieces(path, options, numbers, sample, began):
+    """Yields (piece, its new rows), until all have ended, and what ended a piece early.
+
+    A piece without a result for `options.limit` seconds is stuck; all end after `options.seconds`.
+    """
+    with tempfile.TemporaryDirectory() as directory:
+        Path(directory, "fa2_sample.py").write_text(PLUGIN)
+        running = [Piece(path, options, number, directory, sample) for number in numbers]
+        try:
+            while running:
+                time.sleep(0.2)
+                for piece in list(running):
+                    ended = piece.process.poll() is not None
+                    yield piece, piece.new_rows(), None
+                    reason = None
+                    if ended and piece.process.returncode not in (0, 1, 5):  # 5: no cases
+                        reason = f"status {piece.process.returncode}: {piece.last_line()}"
+                    elif not ended and time.monotonic() - piece.heard > options.limit:
+                        reason = f"no result within {options.limit:.0f} s: {piece.last_line()}"
+                    elif not ended and pool.stopped():
+                        reason = "stopped"
+                    elif not ended and time.monotonic() - began > options.seconds:
+                        reason = f"stopped after {options.seconds:.0f} s"
+                    if ended or reason:
+                        running.remove(piece)
+                        end(piece)
+                        yield piece, piece.new_rows(), reason
+        finally:
+            for piece in running:
+                end(piece)
+
+
+def end(piece):
+    if piece.process.poll() is None:
+        os.killpg(piece.process.pid, signal.SIGKILL)
+        piece.process.wait()
 
 
 def main():
@@ -96,43 +152,54 @@ def main():
     parser.add_argument("--cases", type=int, default=20_000, help="size of the random sample")
     parser.add_argument("--only", default="", help="of the tests whose name contains this")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--workers", type=int, default=min(14, os.cpu_count() or 4))
-    parser.add_argument("--seconds", type=float, default=540, help="limit of a process")
+    parser.add_argument("--workers", type=int, default=pool.default_workers(14))
+    parser.add_argument("--limit", type=float, default=180, help="seconds without any result")
+    parser.add_argument(
+        "--seconds", type=float, default=math.inf, help="end everything after so long"
+    )
     parser.add_argument("--first", action="store_true", help="stop each process at a failure")
     parser.add_argument("--output", type=Path, help="write every result there, as JSON lines")
     options = parser.parse_args()
     path = options.path.resolve(strict=True)
+    pool.stop_on_signals()
 
-    began = time.monotonic()
-    with tempfile.TemporaryDirectory() as directory:
-        Path(directory, "fa2_sample.py").write_text(PLUGIN)
-        rows, output = run_piece(path, options, 0, directory, {})
-    counts = {name: count for name, count in rows if options.only in name}
+    began = printed = time.monotonic()
+    counts, why = {}, None
+    for piece, rows, reason in run_pieces(path, options, [0], {}, began):
+        counts |= {name: count for name, count in rows if options.only in name}
+        why = reason or piece.last_line()
     total = sum(counts.values())
     if not total:
-        print(output[-3000:])
+        print(f"no cases were found: {why}")
         return 1
     share = min(1.0, options.cases / total)
     sample = {name: min(count, round(share * count) + 1) for name, count in counts.items()}
-    print(f"{total} cases in {len(counts)} tests, {sum(sample.values())} of them run", flush=True)
-    with tempfile.TemporaryDirectory() as directory:
-        Path(directory, "fa2_sample.py").write_text(PLUGIN)
-        with concurrent.futures.ThreadPoolExecutor(options.workers) as executor:
-            pieces = list(
-                executor.map(
-                    lambda piece: run_piece(path, options, piece, directory, sample),
-                    range(options.workers),
-                )
-            )
-    results = [row for rows, _ in pieces for row in rows]
+    wanted = sum(sample.values())
+    print(f"{total} cases in {len(counts)} tests, {wanted} of them run", flush=True)
+
+    results, early = [], []
+    counts = collections.Counter()
+
+    def state():
+        shown = ", ".join(f"{count} {outcome}" for outcome, count in counts.items())
+        return f"{len(results)} of {wanted} cases in {time.monotonic() - began:.0f} s: {shown}"
+
+    for _, rows, reason in run_pieces(path, options, range(options.workers), sample, began):
+        for row in rows:
+            nodeid, outcome, text = row
+            results.append(row)
+            counts[outcome] += 1
+            if outcome == "failed":
+                print(f"FAILED {nodeid.rpartition('::')[2]}: {text[:160]}", flush=True)
+        if reason:
+            early.append(reason)
+            print(f"a process ended early: {reason}", flush=True)
+        if time.monotonic() - printed > 10:
+            printed = time.monotonic()
+            print(f"({state()})", flush=True)
+    print(state(), flush=True)
     if options.output:
         options.output.write_text("".join(json.dumps(row) + "\n" for row in results))
-    counts = collections.Counter(outcome for _, outcome, _ in results)
-    shown = ", ".join(f"{count} {outcome}" for outcome, count in counts.items())
-    print(f"{len(results)} cases in {time.monotonic() - began:.0f} s: {shown}")
-    if not results:
-        print(pieces[0][1][-3000:])
-        return 1
 
     groups = collections.defaultdict(list)
     for nodeid, outcome, reason in results:
@@ -142,10 +209,7 @@ def main():
     for (test, reason), nodeids in sorted(groups.items(), key=lambda pair: -len(pair[1]))[:40]:
         print(f"- {len(nodeids)} x {test}: {reason}")
         print("    " + random.Random(0).choice(nodeids).rpartition("::")[2])
-    for rows, output in pieces:
-        if not rows or "stopped after" in output:
-            print("a process ended early: " + output.strip().splitlines()[-1][:200])
-    return 1 if counts["failed"] else 0
+    return 1 if counts["failed"] or early or not results else 0
 
 
 if __name__ == "__main__":

@@ -1,16 +1,46 @@
-"""Work in several processes on one GPU, each piece with a time limit.
+"""Work in several processes on all GPUs that are visible, each piece with a time limit.
 
 A kernel that never ends, or a wild access that breaks the context of its process, costs that piece
-of work and a new process; everything else goes on.
+of work and a new process; everything else goes on. A script that is told to stop still says what it
+has found.
 """
 
 import collections
 import importlib
 import multiprocessing
 import multiprocessing.connection
+import os
+import signal
+import threading
 import time
 import traceback
 from typing import NamedTuple
+
+import torch
+
+_stop = threading.Event()
+
+
+def stop_on_signals():
+    """SIGINT and SIGTERM no longer end the process, but `run`, and what asks `stopped()`."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: _stop.set())
+
+
+def stopped():
+    return _stop.is_set()
+
+
+def default_workers(of_a_device):
+    """A number of processes: so many for every GPU, but no more than there are CPU cores."""
+    return min(of_a_device * max(1, torch.cuda.device_count()), os.cpu_count() or 4)
+
+
+def device_environment(index):
+    """For a process of its own: the variable that lets it see one GPU, in turn."""
+    listed = os.environ.get("CUDA_VISIBLE_DEVICES")
+    devices = listed.split(",") if listed else range(torch.cuda.device_count())
+    return {"CUDA_VISIBLE_DEVICES": str(devices[index % len(devices)])} if devices else {}
 
 
 class Outcome(NamedTuple):
@@ -30,9 +60,13 @@ def _resolve(path):
     return getattr(importlib.import_module(module), name)
 
 
-def _work(connection, setup, function):
+def _work(connection, index, setup, function):
     """The worker: answers (result, error, whether its context is still usable)."""
+    for number in (signal.SIGINT, signal.SIGTERM):  # sent to the whole group; the parent decides
+        signal.signal(number, signal.SIG_IGN)
     try:
+        if torch.cuda.device_count() > 1:
+            torch.cuda.set_device(index % torch.cuda.device_count())
         if setup is not None:
             _resolve(setup)()
         function = _resolve(function)
@@ -41,25 +75,29 @@ def _work(connection, setup, function):
         connection.send((None, traceback.format_exc(), False))
         return
     while True:
-        item = connection.recv()
-        if item is None:
+        try:
+            item = connection.recv()
+        except EOFError:  # the parent is gone
             return
         try:
             connection.send((function(item), None, True))
-        except BaseException as error:
+        except Exception as error:
             lines = str(error).strip().splitlines() or [""]
             text = f"{type(error).__name__}: {lines[0]}\n{traceback.format_exc()}"
             # After most failures of a kernel nothing works in its process any more.
-            usable = "CUDA" not in text and not isinstance(error, KeyboardInterrupt)
+            usable = "CUDA" not in text
             connection.send((None, text, usable))
             if not usable:
                 return
 
 
 class _Worker:
-    def __init__(self, context, setup, function, seconds):
+    def __init__(self, context, index, setup, function, seconds):
+        self.index = index
         self.connection, other = context.Pipe()
-        self.process = context.Process(target=_work, args=(other, setup, function), daemon=True)
+        self.process = context.Process(
+            target=_work, args=(other, index, setup, function), daemon=True
+        )
         self.process.start()
         other.close()
         self.item, self.starting, self.deadline = None, True, time.monotonic() + 120 + seconds
@@ -80,17 +118,19 @@ def run(items, function, setup=None, workers=4, seconds=40, until=None):
     Arguments:
         items: anything that can be pickled.
         function, setup: "module:name"; `setup` runs once in each process, `function` on each item.
+            Processes are spread over the visible GPUs: there the current one is theirs.
         workers: number of processes.
-        seconds: time limit of one item.
+        seconds: time limit of one item, compiling its kernels included.
         until: a time of `time.monotonic` after which no item is begun; the others are left out.
     """
     context = multiprocessing.get_context("spawn")
     waiting = collections.deque(items)
     pool = [
-        _Worker(context, setup, function, seconds) for _ in range(min(workers, len(waiting) or 1))
+        _Worker(context, index, setup, function, seconds)
+        for index in range(0 if stopped() else min(workers, len(waiting) or 1))
     ]
     try:
-        while pool:
+        while pool and not stopped():
             now = time.monotonic()
             if until is not None and now > until:
                 waiting.clear()
@@ -101,6 +141,7 @@ def run(items, function, setup=None, workers=4, seconds=40, until=None):
                     try:
                         result, error, usable = worker.connection.recv()
                     except (EOFError, OSError):
+                        worker.process.join(10)
                         result, usable = None, False
                         error = f"the process ended with status {worker.process.exitcode}"
                     if worker.starting and not usable:
@@ -109,7 +150,7 @@ def run(items, function, setup=None, workers=4, seconds=40, until=None):
                         outcome = Outcome(worker.item, result, error)
                     worker.item, worker.starting = None, False
                 elif time.monotonic() > worker.deadline:
-                    outcome = Outcome(worker.item, None, f"no result within {seconds} s")
+                    outcome = Outcome(worker.item, None, f"no result within {seconds:.0f} s")
                     usable = False
                 if outcome is not None:
                     yield outcome
@@ -117,7 +158,7 @@ def run(items, function, setup=None, workers=4, seconds=40, until=None):
                     worker.end()
                     pool.remove(worker)
                     if waiting:
-                        pool.append(_Worker(context, setup, function, seconds))
+                        pool.append(_Worker(context, worker.index, setup, function, seconds))
                 elif worker.item is None and not worker.starting:
                     if waiting:
                         worker.give(waiting.popleft(), seconds)
@@ -126,4 +167,32 @@ def run(items, function, setup=None, workers=4, seconds=40, until=None):
                         pool.remove(worker)
     finally:
         for worker in pool:
-            worker.end()
+            worker.process.kill()  # without waiting: what was found is to be said first
+
+
+def watched(outcomes, total, status=lambda: "", every=10):
+    """Passes outcomes on; prints each failure as it comes, and now and then how far it is.
+
+    Arguments:
+        total: the number of outcomes there will be.
+        status: gives what else to say of the state.
+        every: seconds between two lines about the state.
+    """
+    began = printed = time.monotonic()
+    done, failed, reasons = 0, 0, set()
+    for outcome in outcomes:
+        done += 1
+        if outcome.error is not None:
+            failed += 1
+            print(f"FAILED {outcome.item}: {outcome.reason[:200]}", flush=True)
+            if outcome.reason not in reasons and len(reasons) < 3:
+                print(outcome.error.partition("\n")[2][-1500:], flush=True)
+            reasons.add(outcome.reason)
+        yield outcome
+        if (now := time.monotonic()) - printed > every:
+            printed = now
+            print(
+                f"({done} of {total}, {failed} failed, {now - began:.0f} s{status()})", flush=True
+            )
+    if stopped():
+        print(f"stopped after {done} of {total}", flush=True)

@@ -29,7 +29,6 @@ KINDS = {
     "rotary": "test_fuzz_rotary:check_rotary_calls",
 }
 SHARES = {"forward": 4, "backward": 3, "cache": 2, "rotary": 1}
-CALLS = 20  # of one piece of work
 
 
 def setup():
@@ -41,10 +40,10 @@ def setup():
 
 
 def run(item):
-    """The number of results that were compared."""
+    """One call; the number of results that were compared."""
     kind, seed = item
     module, _, function = KINDS[kind].partition(":")
-    return getattr(importlib.import_module(module), function)(seed, CALLS)
+    return getattr(importlib.import_module(module), function)(seed, 1)
 
 
 def main():
@@ -54,38 +53,44 @@ def main():
     parser.add_argument("--configurations", type=int, default=10_000)
     parser.add_argument("--kind", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--head-dim", nargs="+", help="default: all; each takes compiling")
-    parser.add_argument("--seed", type=int, default=0, help="of the first piece of work")
-    parser.add_argument("--workers", type=int, default=min(16, os.cpu_count() or 4))
-    parser.add_argument("--limit", type=float, default=120, help="seconds of a piece of work")
+    parser.add_argument("--seed", type=int, default=0, help="of the first call of a kind")
+    parser.add_argument("--workers", type=int, default=pool.default_workers(16))
+    parser.add_argument("--limit", type=float, default=120, help="seconds of a call")
     parser.add_argument("--seconds", type=float, help="begin nothing new after so long")
     options = parser.parse_args()
     if options.head_dim:
         os.environ["FLASH_ATTN_TEST_HEAD_DIMS"] = ",".join(options.head_dim)
 
+    pool.stop_on_signals()
     total = sum(SHARES[kind] for kind in options.kind)
     # A tenth is changed to be invalid, and a few others have no result that could be compared.
-    pieces = 1.35 * options.configurations / CALLS
-    counts = {kind: round(pieces * SHARES[kind] / total) for kind in options.kind}
+    calls = 1.35 * options.configurations
+    counts = {kind: round(calls * SHARES[kind] / total) for kind in options.kind}
     items = [(kind, options.seed + i) for kind, count in counts.items() for i in range(count)]
-    items.sort(key=lambda item: item[1])  # all kinds from the beginning
+    # All kinds from the beginning, in proportion.
+    items.sort(key=lambda item: (item[1] - options.seed) / counts[item[0]])
     began = time.monotonic()
     until = began + options.seconds if options.seconds else None
     compared, failures = collections.Counter(), collections.defaultdict(list)
     function, prepare = "random_configurations:run", "random_configurations:setup"
-    for outcome in pool.run(items, function, prepare, options.workers, options.limit, until):
+    outcomes = pool.run(items, function, prepare, options.workers, options.limit, until)
+    for outcome in pool.watched(
+        outcomes, len(items), lambda: f", {sum(compared.values())} results compared"
+    ):
         kind, seed = outcome.item
         if outcome.error is None:
             compared[kind] += outcome.result
         else:
-            failures[kind, outcome.reason[:120]].append((seed, outcome.error))
+            failures[kind, outcome.reason[:120]].append(seed)
     seconds = time.monotonic() - began
     shown = ", ".join(f"{kind} {count}" for kind, count in compared.items())
-    print(f"{sum(compared.values())} results compared in {seconds:.0f} s: {shown}")
-    for (kind, reason), found in sorted(failures.items(), key=lambda pair: -len(pair[1]))[:30]:
-        seeds = ", ".join(str(seed) for seed, _ in found[:6])
-        print(f"- {kind}, {len(found)} pieces of {CALLS}: {reason} (seeds {seeds})")
-    for (kind, _), found in list(failures.items())[:3]:
-        print(f"\n{kind}, seed {found[0][0]}\n{found[0][1][-1800:]}")
+    failed = sum(map(len, failures.values()))
+    print(
+        f"{sum(compared.values())} results compared in {seconds:.0f} s ({shown}), "
+        f"{failed} calls failed"
+    )
+    for (kind, reason), seeds in sorted(failures.items(), key=lambda pair: -len(pair[1]))[:30]:
+        print(f"- {len(seeds)} x {kind}: {reason} (seeds {', '.join(map(str, seeds[:6]))})")
     return 1 if failures or sum(compared.values()) < min(options.configurations, 1) else 0
 
 

@@ -1,20 +1,27 @@
 """compute-sanitizer over every kernel on small shapes: memcheck, racecheck, initcheck, synccheck.
 
-Every tool runs over groups of calls, each group in a process with a time limit; a summary says what
-was found. The calls' results are not compared here: other tests do that.
+Every tool runs over groups of calls, each group in a process with a time limit, after a run without
+a tool that compiles the group's kernels; a summary says what was found. The calls' results are not
+compared here: other tests do that.
 
   python tests/gpu/sanitize.py
   python tests/gpu/sanitize.py --tool racecheck --head-dim 128 --group backward decode
 """
 
 import argparse
+import collections
 import concurrent.futures
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import tempfile
+import threading
 import time
+
+import pool
 
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 GROUPS = ("forward", "backward", "deterministic", "varlen", "decode", "append", "rotary")
@@ -127,28 +134,51 @@ def run_group(group, head_dim):
     print("finished")
 
 
-def sanitized(tool, group, head_dim, seconds):
-    """(what was found, its text)"""
+def sanitizer(tool):
     command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", "--print-limit", "20"]
     help_text = subprocess.run(
         ["compute-sanitizer", "--help"], capture_output=True, text=True
     ).stdout
     if tool != "initcheck" and "--kernel-regex" in help_text:  # which must see others write
         command += ["--kernel-regex", "kns=attention|rotary|append"]
-    command += [sys.executable, __file__, "--child", group, "--head-dim", str(head_dim)]
+    return command
+
+
+def run_child(command, group, head_dim, number, seconds):
+    """What was found, or None; and its text."""
     # Without torch's cache of freed memory every buffer has its own bounds.
     environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    try:
-        done = subprocess.run(
-            command, env=environment, capture_output=True, text=True, timeout=seconds
+    command = [*command, sys.executable, __file__, "--child", group, "--head-dim", str(head_dim)]
+    until = time.monotonic() + seconds
+    with tempfile.TemporaryFile("w+", errors="replace") as log:
+        process = subprocess.Popen(
+            command,
+            env=environment | pool.device_environment(number),
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
         )
-    except subprocess.TimeoutExpired:
-        return f"not finished within {seconds:.0f} s", ""
-    text = done.stdout + done.stderr
-    if done.returncode == 0 and "finished" in text:
+        while process.poll() is None and time.monotonic() < until and not pool.stopped():
+            time.sleep(0.1)
+        if unfinished := process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        log.seek(0)
+        text = log.read()
+    if unfinished:
+        return "stopped" if pool.stopped() else f"not finished within {seconds:.0f} s", text
+    if process.returncode == 0 and "finished" in text:
         return None, text
     summary = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: .*", text)
-    return (summary[-1] if summary else f"status {done.returncode}"), text
+    return (summary[-1] if summary else f"status {process.returncode}"), text
+
+
+def report(what, found, text, shown):
+    print(f"{what}: {found}", flush=True)
+    lines = text.splitlines()
+    marked = [x for x in lines if x.startswith("=========") or "Error" in x]
+    if shown:
+        print("    " + "\n    ".join((marked or lines[-14:])[:14]), flush=True)
 
 
 def main():
@@ -158,11 +188,11 @@ def main():
     parser.add_argument("--tool", nargs="+", choices=TOOLS, default=list(TOOLS))
     parser.add_argument("--group", nargs="+", choices=GROUPS, default=list(GROUPS))
     parser.add_argument("--head-dim", nargs="+", type=int, default=list(HEAD_DIMS))
-    parser.add_argument("--limit", type=float, default=240, help="seconds of a group")
+    parser.add_argument("--limit", type=float, default=240, help="seconds of a run")
     parser.add_argument(
         "--seconds", type=float, default=1e9, help="begin nothing new after so long"
     )
-    parser.add_argument("--workers", type=int, default=min(14, os.cpu_count() or 4))
+    parser.add_argument("--workers", type=int, default=pool.default_workers(14))
     parser.add_argument("--child", choices=GROUPS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
@@ -171,31 +201,53 @@ def main():
     if shutil.which("compute-sanitizer") is None:
         print("compute-sanitizer is not on the path: it comes with the CUDA toolkit")
         return 2
-    began = time.monotonic()
-    work = [(t, g, d) for d in options.head_dim for t in options.tool for g in options.group]
+    pool.stop_on_signals()
+    began = printed = time.monotonic()
+    groups = [(group, head_dim) for head_dim in options.head_dim for group in options.group]
+    work = [("no tool", *each) for each in groups]
+    work += [(tool, *each) for each in groups for tool in options.tool]
+    commands = {"no tool": []} | {tool: sanitizer(tool) for tool in options.tool}
+    # Compiling counts for the run without a tool, which others of its group wait for.
+    compiled = {each: threading.Event() for each in groups}
 
-    def one(item):
-        if time.monotonic() - began > options.seconds:
-            return "not begun in time", ""
-        return sanitized(*item, options.limit)
+    def one(number):
+        tool, *each = work[number]
+        each = tuple(each)
+        try:
+            if tool != "no tool":
+                while not compiled[each].wait(0.5) and not pool.stopped():
+                    pass
+            if pool.stopped() or time.monotonic() - began > options.seconds:
+                return "not begun", ""
+            limit = options.limit if commands[tool] else max(options.limit, 600)
+            return run_child(commands[tool], *each, number, limit)
+        finally:
+            if tool == "no tool":
+                compiled[each].set()
 
-    failures = 0
-    with concurrent.futures.ThreadPoolExecutor(options.workers) as executor:
-        for (tool, group, head_dim), (found, text) in zip(
-            work, executor.map(one, work), strict=True
-        ):
-            if found is None:
-                continue
+    clean, failures, not_begun = collections.Counter(), 0, 0
+    executor = concurrent.futures.ThreadPoolExecutor(options.workers)
+    futures = {executor.submit(one, number): work[number] for number in range(len(work))}
+    for future in concurrent.futures.as_completed(futures):
+        tool, group, head_dim = futures[future]
+        found, text = future.result()
+        if found is None:
+            clean[tool] += 1
+        elif found == "not begun":
+            not_begun += 1
+        else:
             failures += 1
-            print(f"{tool}, {group}, d={head_dim}: {found}", flush=True)
-            lines = [x for x in text.splitlines() if x.startswith("=========") or "Error" in x]
-            if failures <= 5:
-                print("    " + "\n    ".join(lines[:14]), flush=True)
+            report(f"{tool}, {group}, d={head_dim}", found, text, failures <= 5)
+        if time.monotonic() - printed > 10:
+            printed = time.monotonic()
+            print(f"({clean.total()} of {len(work)} clean, {failures} not)", flush=True)
+    executor.shutdown()
+    shown = ", ".join(f"{tool} {clean[tool]}" for tool in commands)
     print(
-        f"{len(work) - failures} of {len(work)} runs clean ({', '.join(options.tool)}; "
-        f"{time.monotonic() - began:.0f} s)"
+        f"{clean.total()} of {len(work)} runs clean ({shown}), {failures} not, "
+        f"{not_begun} not begun, {time.monotonic() - began:.0f} s"
     )
-    return 1 if failures else 0
+    return 1 if failures or not_begun else 0
 
 
 if __name__ == "__main__":

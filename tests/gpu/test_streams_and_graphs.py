@@ -193,12 +193,14 @@ def test_checkpointing_drops_the_same_again():
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 @every_call
 def test_a_device_that_is_not_the_current_one(make):
-    with torch.device("cuda:1"):
+    current = torch.cuda.current_device()
+    other = torch.device("cuda", (current + 1) % torch.cuda.device_count())
+    with other:
         call = make()
         results = call()
-        assert torch.cuda.current_device() == 0
-        assert all(x.device == torch.device("cuda:1") for x in results)
-        with torch.cuda.device(1):
+        assert torch.cuda.current_device() == current
+        assert all(x.device == other for x in results)
+        with torch.cuda.device(other):
             expected = call()
     assert_equal(results, expected)
 

@@ -1,7 +1,8 @@
 """Every test starts from the same seed and runs on few threads; `checks.py` has the comparisons.
 
 pytest tests/python                  on the CPU
-pytest tests/python --device cuda    the same tests with tensors on the GPU, float32 left out
+pytest tests/python --device cuda    the same tests with tensors on the GPU, float32 left out;
+                                     with -n on all visible GPUs in turn
 """
 
 import os
@@ -12,6 +13,8 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))  # the reference, checks.py and others
+
+from devices import take_turns
 
 # One thread for each worker of pytest-xdist, two otherwise. Results do not depend on the number;
 # test_determinism.py varies it.
@@ -27,6 +30,8 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "cpu: a test of the CPU backend, or of no device at all")
     device = config.getoption("--device")
     if device != "cpu":
+        if device == "cuda":
+            take_turns()
         torch.set_default_device(device)
 
 
