@@ -1,0 +1,93 @@
+"""From tensors to the arguments of a kernel, by the conventions of kernels/common.py."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flash_attn.backends.flaggems import runtime
+from flash_attn.backends.flaggems.tiles import Tile
+
+LOG2E = 1.4426950408889634
+
+# Positions are 32-bit numbers in the kernels, and sums of two of them too.
+MAX_SEQLEN = 2**30
+
+
+@functools.cache
+def pieces(head_dim: int) -> tuple[int, int]:
+    """Powers of two D0 and D1 (or 0) that together hold a head with the least waste."""
+    whole = max(16, 1 << (head_dim - 1).bit_length())
+    half = whole // 2
+    rest = max(16, 1 << (max(head_dim - half, 1) - 1).bit_length())
+    return (half, rest) if half >= 16 and half + rest < whole else (whole, 0)
+
+
+def operand_unit(*operands: Tensor) -> int:
+    """The unit in which the strides of operands are counted, in elements.
+
+    8 where all of them are multiples of it, so that 16 bytes move at once, otherwise 1.
+    """
+    for x in operands:
+        for stride in x.stride()[:-1]:
+            if stride % 8:
+                return 1
+    return 8
+
+
+def strides(x: Tensor, unit: int = 1) -> tuple[int, int, int]:
+    """Of batch (or page), row and head in `unit`s; a batch stride of 0 for (rows, heads, d)."""
+    if x.dim() == 3:
+        row, head, _ = x.stride()
+        return 0, row // unit, head // unit
+    batch, row, head, _ = x.stride()
+    return batch // unit, row // unit, head // unit
+
+
+def dropout_numbers(dropout_p: float) -> tuple[int, float]:
+    """The threshold below which an entry's number keeps it, and what it is scaled by."""
+    if dropout_p == 0:
+        return 65536, 1.0
+    return int((1.0 - dropout_p) * 65536.0 + 0.5), 1.0 / (1.0 - dropout_p)
+
+
+def window(options: Any, seqlen_q: int, seqlen_k: int) -> tuple[int, int]:
+    """Both sides of the window, -1 where infinite. A side that hides nothing is infinite."""
+    left, right = options.window_left, options.window_right
+    everything = seqlen_q + seqlen_k
+    return (
+        -1 if left < 0 or left >= everything else left,
+        0 if options.causal else -1 if right < 0 or right >= everything else right,
+    )
+
+
+def check_lengths(*lengths: int) -> None:
+    """Raises RuntimeError for sequences longer than positions in the kernels can count."""
+    if max(lengths) >= MAX_SEQLEN:
+        raise RuntimeError(
+            f"The FlagGems backend supports sequences of fewer than {MAX_SEQLEN} rows, but got "
+            f"{max(lengths)}"
+        )
+
+
+def launch(
+    kernel: Any,
+    programs: int,
+    device: torch.device,
+    arguments: tuple,
+    constants: dict[str, Any],
+    tile: Tile,
+) -> None:
+    """Runs a kernel in so many programs, on the current stream of the device."""
+    if programs == 0:
+        return
+    if programs >= 2**31:
+        raise RuntimeError(f"The call needs {programs} programs, more than a launch can have")
+    where = runtime.current()
+    with where.guard(device):
+        where.entry(kernel)[(programs,)](
+            *arguments, **constants, num_warps=tile.num_warps, num_stages=tile.num_stages
+        )

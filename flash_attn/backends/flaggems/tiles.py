@@ -1,0 +1,141 @@
+"""Tiles of the kernels: one table, chosen by the capability of the device and the head.
+
+The entries for 9.0 are those that were fastest on an H200 (benchmarks/tune_triton.py); those of
+other GPUs follow from their shared memory. Other vendors' accelerators take the last entry, which
+asks for little.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Tile(NamedTuple):
+    """BLOCK_M query rows by BLOCK_N keys, and how a program runs."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+# From the largest head dimension on the left: (head_dim at most, tile).
+_FORWARD = {
+    90: (
+        (64, Tile(128, 128, 8, 3)),
+        (128, Tile(128, 128, 8, 2)),
+        (256, Tile(128, 64, 8, 2)),
+    ),
+    80: (
+        (64, Tile(128, 64, 4, 3)),
+        (128, Tile(128, 64, 8, 3)),
+        (256, Tile(64, 64, 4, 2)),
+    ),
+    86: (
+        (64, Tile(128, 64, 4, 2)),
+        (128, Tile(64, 64, 4, 2)),
+        (256, Tile(64, 32, 4, 2)),
+    ),
+    0: (
+        (64, Tile(64, 64, 4, 2)),
+        (128, Tile(64, 64, 4, 1)),
+        (256, Tile(64, 32, 4, 1)),
+    ),
+}
+# Few rows, of which a program has all: bound by the reading of keys.
+_FEW_ROWS = {
+    90: ((64, Tile(16, 128, 4, 4)), (128, Tile(16, 128, 4, 3)), (256, Tile(16, 64, 4, 3))),
+    80: ((64, Tile(16, 128, 4, 4)), (128, Tile(16, 64, 4, 4)), (256, Tile(16, 64, 4, 2))),
+    86: ((64, Tile(16, 64, 4, 3)), (128, Tile(16, 64, 4, 2)), (256, Tile(16, 32, 4, 2))),
+    0: ((64, Tile(16, 64, 4, 2)), (128, Tile(16, 64, 4, 1)), (256, Tile(16, 32, 4, 1))),
+}
+
+
+def family(capability: int) -> int:
+    """The key of a capability in the tables."""
+    if capability in (90, 100, 103, 110):
+        return 90
+    if capability in (80, 87):
+        return 80
+    return 86 if capability >= 80 else 0
+
+
+def _find(table: dict[int, tuple[tuple[int, Tile], ...]], capability: int, head_dim: int) -> Tile:
+    entries = table[family(capability)]
+    return next(tile for most, tile in entries if head_dim <= most)
+
+
+def forward(capability: int, head_dim: int, has_dropout: bool = False) -> Tile:
+    """The tile of the forward kernel; head_dim: of all pieces."""
+    tile = _find(_FORWARD, capability, head_dim)
+    if has_dropout:  # random numbers take registers
+        tile = tile._replace(block_n=min(tile.block_n, 64))
+    return tile
+
+
+def few_rows(capability: int, head_dim: int, rows: int) -> Tile:
+    """The tile for at most 64 rows."""
+    tile = _find(_FEW_ROWS, capability, head_dim)
+    return tile._replace(block_m=16 if rows <= 16 else 32 if rows <= 32 else 64)
+
+
+# A program of combine has one row, and the other numbers tell how it runs; S_dmask is for tests.
+COMBINE = Tile(1, 1, 4, 1)
+S_DMASK = Tile(32, 32, 4, 1)
+
+
+# Of dK and dV (BLOCK_N keys stay, BLOCK_M rows pass), and of dQ (BLOCK_M rows stay).
+_BACKWARD_DKDV = {
+    90: (
+        (64, Tile(128, 128, 8, 2)),
+        (128, Tile(64, 128, 8, 2)),
+        (256, Tile(64, 64, 8, 2)),
+    ),
+    80: (
+        (64, Tile(64, 128, 8, 2)),
+        (128, Tile(64, 64, 8, 2)),
+        (256, Tile(32, 64, 8, 1)),
+    ),
+    86: (
+        (64, Tile(64, 128, 8, 2)),
+        (128, Tile(32, 64, 4, 2)),
+        (256, Tile(32, 32, 4, 1)),
+    ),
+    0: (
+        (64, Tile(32, 64, 4, 1)),
+        (128, Tile(32, 64, 4, 1)),
+        (256, Tile(32, 32, 4, 1)),
+    ),
+}
+_BACKWARD_DQ = {
+    90: (
+        (64, Tile(128, 128, 8, 2)),
+        (128, Tile(128, 64, 8, 2)),
+        (256, Tile(64, 64, 8, 2)),
+    ),
+    80: (
+        (64, Tile(128, 64, 8, 2)),
+        (128, Tile(64, 64, 8, 2)),
+        (256, Tile(64, 32, 8, 1)),
+    ),
+    86: (
+        (64, Tile(128, 64, 8, 2)),
+        (128, Tile(64, 32, 4, 2)),
+        (256, Tile(32, 32, 4, 1)),
+    ),
+    0: (
+        (64, Tile(64, 32, 4, 1)),
+        (128, Tile(64, 32, 4, 1)),
+        (256, Tile(32, 32, 4, 1)),
+    ),
+}
+
+
+def backward_dkdv(capability: int, head_dim: int, transformed: bool = False) -> Tile:
+    """The tile of the kernel of dK and dV; transformed: with softcap, ALiBi or dropout."""
+    return _find(_BACKWARD_DKDV, capability, head_dim)
+
+
+def backward_dq(capability: int, head_dim: int, transformed: bool = False) -> Tile:
+    """The tile of the kernel of dQ."""
+    return _find(_BACKWARD_DQ, capability, head_dim)
