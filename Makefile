@@ -23,7 +23,7 @@ ctest := $(bin)/ctest
 python_sources := $(shell find flash_attn -name '*.py' -o -name '*.pyi' -o -name py.typed)
 core_sources := $(shell find include src cmake -type f) CMakeLists.txt
 package_sources := pyproject.toml README.md flash_attn_2_cuda.py $(python_sources) $(core_sources)
-cpp_files := $(shell find include src tests examples -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.c')
+cpp_files := $(shell find include src tests examples -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu' -o -name '*.c')
 
 # ---- environment ----------------------------------------------------------------------------------
 
@@ -153,6 +153,7 @@ test-aarch64: $(VENV)/.tools  ## the C++ tests built for aarch64 and emulated (s
 .PHONY: test-kernels
 test-kernels: $(VENV)/.package $(VENV)/.tools  ## the CUDA kernels compiled for every architecture, without a GPU
 	$(bin)/python tests/kernels/compile_matrix.py --jobs $(JOBS)
+	$(bin)/pytest -n $(JOBS) tests/kernels
 
 # Needs an NVIDIA GPU and a CUDA build of torch in .venv: make test-gpu TORCH=torch. Every process has a
 # CUDA context of its own, which takes half a gigabyte of the GPU's memory.

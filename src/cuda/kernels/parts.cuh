@@ -1,6 +1,7 @@
 // Parts of a row's softmax, by warp and by split, and the row that they make.
 #pragma once
 
+#include "attention/sequence.h"
 #include "cuda/kernels/ptx.cuh"
 #include "cuda/spec/decode.h"
 
