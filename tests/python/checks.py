@@ -27,6 +27,9 @@ DTYPE_NAMES = {FP32: "fp32", BF16: "bf16", FP16: "fp16"}
 # For torch.testing.assert_close, where two calls shall give the same.
 CLOSE = {} if DTYPE == FP32 else {"rtol": 2e-2, "atol": 2e-2}
 
+# Where dropout's seeds come from: get_rng_state() and set_rng_state() of the device's generator.
+RANDOM = torch if DEVICE.type == "cpu" else torch.get_device_module(DEVICE)
+
 
 def dtype_id(dtype):
     return DTYPE_NAMES[dtype]
@@ -63,8 +66,9 @@ def assert_close(actual, expected, naive, what, *, dtype=None, input_dtype=None)
     dtype = dtype or actual.dtype
     input_dtype = input_dtype or dtype
     assert actual.shape == expected.shape, f"{what}: shape {actual.shape}, not {expected.shape}"
-    actual = actual.detach().to(torch.float64)
-    naive = naive.detach().to(torch.float64)
+    actual, expected, naive = (
+        x.detach().cpu().to(torch.float64) for x in (actual, expected, naive)
+    )
     nan, expected_nan = actual.isnan(), expected.isnan()
     assert torch.equal(nan, expected_nan), (
         f"{what}: {int((nan & ~expected_nan).sum())} unexpected NaN, "

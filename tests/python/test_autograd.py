@@ -11,6 +11,7 @@ import raw
 import reference
 import torch
 import torch._dynamo.testing
+from checks import CLOSE, DEVICE, DTYPE, RANDOM, randn
 from public_functions import (
     BATCH,
     CU_K,
@@ -61,7 +62,7 @@ def test_gradient_of_lse_alone():
     )
     torch.testing.assert_close(lse.double(), expected_lse)
     for x, y in zip((q, k, v), expected, strict=True):
-        torch.testing.assert_close(x.grad.double(), y)
+        torch.testing.assert_close(x.grad.double(), y, **CLOSE)
 
 
 @pytest.mark.parametrize("kind", ["expanded", "transposed", "strided"])
@@ -80,7 +81,7 @@ def test_gradients_of_any_layout(kind):
 
 def test_packed_gradient_is_one_tensor():
     """Backward writes into one tensor: nothing is allocated for dq, dk and dv beside it."""
-    (x,) = leaves([torch.randn(BATCH, SQ, 3, HEADS, HEAD_DIM)])
+    (x,) = leaves([randn(BATCH, SQ, 3, HEADS, HEAD_DIM)])
     out = flash_attn.flash_attn_qkvpacked_func(x)
     with OpRecorder() as mode:
         (gradient,) = torch.autograd.grad(out.sum(), x)
@@ -118,14 +119,14 @@ def test_tiny_dropout_is_none():
     out, lse, s_dmask = flash_attn.flash_attn_func(q, k, v, 1e-30, return_attn_probs=True)
     assert torch.equal(out, flash_attn.flash_attn_func(q, k, v))
     assert lse.shape == (BATCH, HEADS, SQ) and s_dmask.shape == (0,)
-    state = torch.get_rng_state()
+    state = RANDOM.get_rng_state()
     flash_attn.flash_attn_func(q, k, v, 1e-30)
-    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(RANDOM.get_rng_state(), state)
 
 
 def test_backward_through_pages_is_refused():
-    q = torch.randn(SQ, HEADS, HEAD_DIM, requires_grad=True)
-    pages = torch.randn(4, 3, HEADS_K, HEAD_DIM)
+    q = randn(SQ, HEADS, HEAD_DIM).requires_grad_()
+    pages = randn(4, 3, HEADS_K, HEAD_DIM)
     out = flash_attn.flash_attn_varlen_func(
         q, pages, pages, CU_Q, CU_K, 4, 5, block_table=int32(0, 1, 2, 3).view(2, 2)
     )
@@ -140,8 +141,8 @@ def test_backward_through_pages_is_refused():
 @every_function
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 def test_autocast(function, dtype):
-    inputs = inputs_of(function)
-    with torch.autocast("cpu", dtype):
+    inputs = [x.float() for x in inputs_of(function)]
+    with torch.autocast(DEVICE.type, dtype):
         out, lse, *gradients = run(function, inputs)
     assert out.dtype == dtype and lse.dtype == torch.float32
     assert {x.dtype for x in gradients} == {torch.float32}
@@ -152,17 +153,18 @@ def test_autocast(function, dtype):
 
 def test_autocast_off_inside():
     q, k, v = qkv()
-    with torch.autocast("cpu"), torch.autocast("cpu", enabled=False):
-        assert flash_attn.flash_attn_func(q, k, v).dtype == torch.float32
-    with torch.autocast("cpu"):
-        assert flash_attn.flash_attn_func(q, k, v).dtype == torch.bfloat16
-        assert compiled(flash_attn.flash_attn_func)(q, k, v).dtype == torch.bfloat16
+    dtype = torch.get_autocast_dtype(DEVICE.type)
+    with torch.autocast(DEVICE.type), torch.autocast(DEVICE.type, enabled=False):
+        assert flash_attn.flash_attn_func(q, k, v).dtype == DTYPE != dtype
+    with torch.autocast(DEVICE.type):
+        assert flash_attn.flash_attn_func(q, k, v).dtype == dtype
+        assert compiled(flash_attn.flash_attn_func)(q, k, v).dtype == dtype
 
 
 def test_autocast_follows_the_cache():
     cache = KVCache()
     cache.caches = [x.bfloat16() for x in cache.caches]
-    with torch.autocast("cpu"):
+    with torch.autocast(DEVICE.type):
         actual = cache.call()
     cache.q, cache.new = cache.q.bfloat16(), [x.bfloat16() for x in cache.new]
     cache.tables = [x.bfloat16() for x in cache.tables]

@@ -80,6 +80,7 @@ def test_empty_batch():
     assert pad_input(packed, indices, 0, 5).shape == (0, 5, 2)
 
 
+@pytest.mark.cpu  # one element after the other
 def test_gradients():
     mask = torch.tensor(MASKS["holes"])
     x = torch.randn(3, 5, 2, dtype=torch.float64, requires_grad=True)

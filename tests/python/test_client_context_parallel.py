@@ -8,11 +8,13 @@ import inspect
 
 import pytest
 import torch
-from checks import BF16, FP32, cumulative
+from checks import BF16, CLOSE, FP32, cumulative, randn
 from client_calls import BATCH, HEAD_DIM, HEADS, check_out, qkv, reference_gradients
 
 import flash_attn
 from flash_attn import flash_attn_interface
+
+TOLERANCE = CLOSE or {"rtol": 1e-4, "atol": 1e-5}
 
 # --------------------------------------------------------------------------------------------------
 # diffusers
@@ -51,7 +53,7 @@ def test_diffusers_context_parallel(causal):
     assert lse.shape == (BATCH, 19, HEADS)
     q, k, v, out, lse = (x.detach() for x in (q, k, v, out, lse))
     check_out(out, q, k, v, causal=causal)
-    dout = torch.randn(out.shape)
+    dout = randn(*out.shape)
     gradients = [torch.full_like(x, torch.nan) for x in (q, k, v)]
     flash_attn_interface._wrapped_flash_attn_backward(
         dout,
@@ -73,7 +75,7 @@ def test_diffusers_context_parallel(causal):
     )
     expected = reference_gradients(q, k, v, dout, causal=causal)
     for actual, wanted in zip(gradients, expected, strict=True):
-        torch.testing.assert_close(actual, wanted, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(actual, wanted, **TOLERANCE)
 
 
 def test_diffusers_varlen():
@@ -141,7 +143,7 @@ def test_transformer_engine_tile(packed, causal):
     assert s_dmask.numel() == 0 and rng_state.dtype == torch.int64
     assert lse.shape == ((HEADS, 16) if packed else (BATCH, HEADS, 16))
 
-    dout = torch.randn(out.shape)
+    dout = randn(*out.shape)
     dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
     backward(
         dout,
@@ -169,7 +171,7 @@ def test_transformer_engine_tile(packed, causal):
         check_out(out, q, k, v, causal=causal, softmax_scale=0.2)
         expected = reference_gradients(q, k, v, dout, causal=causal, softmax_scale=0.2)
         for gradient, wanted in zip(actual, expected, strict=True):
-            torch.testing.assert_close(gradient, wanted, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(gradient, wanted, **TOLERANCE)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -254,7 +256,7 @@ def test_ring_attention_varlen():
     arguments = default_arguments(flash_attn_interface._flash_attn_varlen_forward)
     arguments |= {"q": q, "k": k, "v": v, "return_softmax": False, **common}
     out, lse, _, _ = flash_attn_interface._flash_attn_varlen_forward(**arguments)
-    dout = torch.randn(out.shape)
+    dout = randn(*out.shape)
     dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
     arguments = default_arguments(flash_attn_interface._flash_attn_varlen_backward)
     arguments |= {"dout": dout, "q": q, "k": k, "v": v, "out": out, "softmax_lse": lse, **common}
@@ -268,4 +270,4 @@ def test_ring_attention_varlen():
             q_part, k_part, v_part, dout[None, part], causal=True, softmax_scale=0.2
         )
         for actual, wanted in zip((dq, dk, dv), expected, strict=True):
-            torch.testing.assert_close(actual[None, part], wanted, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(actual[None, part], wanted, **TOLERANCE)

@@ -5,7 +5,7 @@ import inspect
 import pytest
 import reference
 import torch
-from checks import BF16, FP32, cumulative
+from checks import BF16, DEVICE, FP32, cumulative, randn
 from client_calls import BATCH, HEAD_DIM, HEADS, HEADS_K, check_out, qkv
 
 import flash_attn
@@ -171,8 +171,8 @@ def test_transformers_continuous_batching(page_size, window):
 
 def test_transformers_continuous_batching_prefill():
     lengths_q, lengths_k = [5, 1, 3], [9, 21, 3]
-    q = torch.randn(1, HEADS, sum(lengths_q), HEAD_DIM)
-    k, v = (torch.randn(sum(lengths_k), HEADS_K, HEAD_DIM) for _ in range(2))
+    q = randn(1, HEADS, sum(lengths_q), HEAD_DIM)
+    k, v = (randn(sum(lengths_k), HEADS_K, HEAD_DIM) for _ in range(2))
     cu_q, cu_k = cumulative(*lengths_q), cumulative(*lengths_k)
     packed = q.transpose(1, 2).squeeze(0).contiguous()
     out = flash_attn.flash_attn_varlen_func(
@@ -214,7 +214,7 @@ def test_transformers_modernbert_rotary():
         def __init__(self, dim, base, max_seqlen=None, device=None, dtype=None):
             super().__init__(dim=dim, base=base, device=device, interleaved=False)
             if max_seqlen is not None and dtype is not None:
-                self._update_cos_sin_cache(max_seqlen, device=torch.device("cpu"), dtype=dtype)
+                self._update_cos_sin_cache(max_seqlen, device=DEVICE, dtype=dtype)
 
     embedding = UnpaddedEmbedding(HEAD_DIM, 160000.0, max_seqlen=13, dtype=FP32)
     cu_seqlens = cumulative(13, 4)

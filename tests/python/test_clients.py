@@ -10,7 +10,7 @@ import inspect
 import pytest
 import reference
 import torch
-from checks import BF16, FP32, cumulative
+from checks import BF16, FP32, cumulative, randn
 from client_calls import BATCH, HEAD_DIM, HEADS, HEADS_K, check_out, qkv
 
 import flash_attn
@@ -49,9 +49,9 @@ def test_megatron_static_decoding(position):
 
 def test_megatron_dynamic_batching():
     page_size, lengths_q, lengths_k = 8, [3, 1], [11, 20]
-    k, v = (torch.randn(6, page_size, HEADS_K, HEAD_DIM) for _ in range(2))
+    k, v = (randn(6, page_size, HEADS_K, HEAD_DIM) for _ in range(2))
     block_table = torch.tensor([[3, 1, 0], [5, 0, 2]], dtype=torch.int32)
-    q = torch.randn(4, HEADS, HEAD_DIM)
+    q = randn(4, HEADS, HEAD_DIM)
     prefill = flash_attn.flash_attn_varlen_func(
         q,
         k,

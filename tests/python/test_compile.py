@@ -8,7 +8,7 @@ import pytest
 import reference
 import torch
 import torch._dynamo.testing
-from checks import assert_close
+from checks import CLOSE, DTYPE, assert_close, randn
 from public_functions import (
     BATCH,
     CU_K,
@@ -53,12 +53,12 @@ def test_compile_with_inductor():
         out = flash_attn.flash_attn_qkvpacked_func(x.sin() * 2, s_aux=s_aux, causal=True)
         return out.cos().sum()
 
-    inputs = [torch.randn(BATCH, SQ, 3, HEADS, HEAD_DIM), torch.randn(HEADS)]
+    inputs = [randn(BATCH, SQ, 3, HEADS, HEAD_DIM), torch.randn(HEADS)]
     expected = torch.autograd.grad(block(*(x := leaves(inputs))), x)
     function = compiled(block, backend="inductor")
     actual = torch.autograd.grad(function(*(x := leaves(inputs))), x)
     for x, y in zip(actual, expected, strict=True):  # inductor's sin and cos are other ones
-        torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(x, y, **(CLOSE or {"rtol": 1e-4, "atol": 1e-5}))
 
 
 @pytest.mark.parametrize("function", [dense, varlen], ids=lambda f: f.__name__)
@@ -69,7 +69,7 @@ def test_dynamic_shapes_do_not_recompile(function):
     frames = 0  # of the first call: torch may start it over to turn a float into a constant
     for length in (9, 10, 13, 31):
         shape = (BATCH, length, HEADS, HEAD_DIM) if function is dense else (length, HEADS, HEAD_DIM)
-        inputs = [torch.randn(shape) for _ in range(3)] + [torch.randn(HEADS)]
+        inputs = [randn(*shape) for _ in range(3)] + [torch.randn(HEADS)]
         assert torch.equal(call(*inputs), function(*inputs))
         frames = frames or counter.frame_count
     assert counter.frame_count == frames
@@ -96,7 +96,7 @@ def test_compile_without_gradient():
 
 
 def test_compile_with_shared_tensors():
-    x = torch.randn(SQ, HEADS, HEAD_DIM)
+    x = randn(SQ, HEADS, HEAD_DIM)
 
     def function(x, cu_seqlens):
         return flash_attn.flash_attn_varlen_func(x, x, x, cu_seqlens, cu_seqlens, 4, 4, causal=True)
@@ -130,9 +130,7 @@ def test_compile_dropout():
     gradients = torch.autograd.grad(out, (q, k, v), dout)
     options = {"dropout_p": 0.4, "keep_mask": keep_mask}
     expected = reference.with_gradients(reference.attention, [q, k, v], dout, **options)
-    naive = reference.with_gradients(
-        reference.attention, [q, k, v], dout, **options, dtype=torch.float32
-    )
+    naive = reference.with_gradients(reference.attention, [q, k, v], dout, **options, dtype=DTYPE)
     assert_close(out, expected[0], naive[0], "out")
     for name, x, y, z in zip(("dq", "dk", "dv"), gradients, expected[2], naive[2], strict=True):
         assert_close(x, y, z, name)

@@ -7,7 +7,7 @@ import math
 import pytest
 import reference
 import torch
-from checks import BF16, FP32, assert_close
+from checks import BF16, CLOSE, DEVICE, DTYPE, FP32, assert_close, randn
 from module_checks import DIM, HEAD_DIM, HEADS, check_attention, generate, qkv
 
 import flash_attn
@@ -46,6 +46,13 @@ def test_signatures():
     assert flash_attn.FlashAttention is FlashAttention and flash_attn.FlashMHA is FlashMHA
 
 
+def computed_in(dtype, module, x):
+    projections = copy.deepcopy(module).to(dtype)
+    q, k, v = projections.Wqkv(x.to(dtype)).unflatten(-1, (3, HEADS, HEAD_DIM)).unbind(2)
+    context, _ = reference.attention(q, k, v, causal=module.causal, dtype=dtype)
+    return projections.out_proj(context.flatten(-2))
+
+
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
 @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
 @torch.no_grad()
@@ -55,17 +62,11 @@ def test_flash_mha(causal, dtype):
     out = module(x)
     assert out.shape == x.shape and out.dtype == dtype
 
-    def computed_in(dtype):
-        projections = copy.deepcopy(module).to(dtype)
-        q, k, v = projections.Wqkv(x.to(dtype)).unflatten(-1, (3, HEADS, HEAD_DIM)).unbind(2)
-        context, _ = reference.attention(q, k, v, causal=causal, dtype=dtype)
-        return projections.out_proj(context.flatten(-2))
-
-    assert_close(out, computed_in(torch.float64), computed_in(dtype), "out")
+    assert_close(out, computed_in(torch.float64, module, x), computed_in(dtype, module, x), "out")
 
 
 def test_flash_mha_resets_its_parameters():
-    module = FlashMHA(DIM, HEADS, device="meta").to_empty(device="cpu")
+    module = FlashMHA(DIM, HEADS, device="meta").to_empty(device=DEVICE)
     torch.manual_seed(3)
     module.reset_parameters()
     torch.manual_seed(3)
@@ -75,49 +76,51 @@ def test_flash_mha_resets_its_parameters():
 
 
 def test_flash_mha_loads_first_generation_weights():
-    old = first_generation.FlashMHA(DIM, HEADS, causal=True)
-    new = FlashMHA(DIM, HEADS, causal=True)
+    old = first_generation.FlashMHA(DIM, HEADS, causal=True, dtype=DTYPE)
+    new = FlashMHA(DIM, HEADS, causal=True, dtype=DTYPE)
     new.load_state_dict(old.state_dict())
-    x = torch.randn(2, 17, DIM)
+    x = randn(2, 17, DIM)
     assert torch.equal(new(x), old(x)[0])
 
 
 def test_flash_mha_dropout_acts_in_training_only():
-    module = FlashMHA(DIM, HEADS, dropout=0.5)
-    x = torch.randn(2, 17, DIM)
+    module = FlashMHA(DIM, HEADS, dropout=0.5, dtype=DTYPE)
+    x = randn(2, 17, DIM)
     assert not torch.equal(module(x), module(x))
     module.eval()
-    plain = FlashMHA(DIM, HEADS)
+    plain = FlashMHA(DIM, HEADS, dtype=DTYPE)
     plain.load_state_dict(module.state_dict())
     assert torch.equal(module(x), plain(x))
 
 
 def test_flash_mha_padding_mask():
-    module = FlashMHA(DIM, HEADS, causal=True)
+    module = FlashMHA(DIM, HEADS, causal=True, dtype=DTYPE)
     mask = torch.arange(17) < torch.tensor([[17], [6]])
-    x = torch.randn(2, 17, DIM)
+    x = randn(2, 17, DIM)
     out = module(x.masked_fill(~mask[..., None], math.nan), key_padding_mask=mask)
     assert (out[~mask] == 0).all()
-    torch.testing.assert_close(out[:1], module(x[:1]))
-    torch.testing.assert_close(out[1:, :6], module(x[1:, :6]))
+    torch.testing.assert_close(out[:1], module(x[:1]), **CLOSE)
+    torch.testing.assert_close(out[1:, :6], module(x[1:, :6]), **CLOSE)
     packed = module(x[mask], cu_seqlens=torch.tensor([0, 17, 23], dtype=torch.int32), max_seqlen=17)
     assert torch.equal(packed, out[mask])
 
 
 @torch.inference_mode()
 def test_flash_mha_generation():
-    module = FlashMHA(DIM, HEADS, causal=True, layer_idx=1, dropout=0.5).eval()
-    x = torch.randn(2, 12, DIM)
+    module = FlashMHA(DIM, HEADS, causal=True, layer_idx=1, dropout=0.5, dtype=DTYPE).eval()
+    x = randn(2, 12, DIM)
     out = generate(module, x, [8, 1, 1, 2], InferenceParams(max_seqlen=12, max_batch_size=2))
-    torch.testing.assert_close(out, module(x), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(out, module(x), **(CLOSE or {"rtol": 1e-4, "atol": 1e-5}))
 
 
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 @pytest.mark.parametrize(
     "make",
     [
-        lambda: FlashMHA(DIM, HEADS, causal=True),
-        lambda: MHA(DIM, HEADS, num_heads_kv=2, rotary_emb_dim=16, use_flash_attn=True),
+        lambda: FlashMHA(DIM, HEADS, causal=True, dtype=DTYPE),
+        lambda: MHA(
+            DIM, HEADS, num_heads_kv=2, rotary_emb_dim=16, use_flash_attn=True, dtype=DTYPE
+        ),
     ],
     ids=["FlashMHA", "MHA_rotary"],
 )
@@ -126,25 +129,26 @@ def test_compile(make, dynamic):
     module = make()
     compiled = torch.compile(module, fullgraph=True, dynamic=dynamic, backend="aot_eager")
     for seqlen in (17, 20):
-        x = torch.randn(2, seqlen, DIM, requires_grad=True)
+        x = randn(2, seqlen, DIM).requires_grad_()
         out, expected = compiled(x), module(x)
-        torch.testing.assert_close(out, expected)
+        torch.testing.assert_close(out, expected, **CLOSE)
         dx, expected_dx = (torch.autograd.grad(o.sum(), x)[0] for o in (out, expected))
-        torch.testing.assert_close(dx, expected_dx)
+        torch.testing.assert_close(dx, expected_dx, **CLOSE)
 
 
 def test_autocast():
     module = FlashMHA(DIM, HEADS, causal=True)
     x = torch.randn(2, 17, DIM)
-    with torch.autocast("cpu", dtype=BF16):
+    with torch.autocast(DEVICE.type, dtype=BF16):
         out = module(x)
     assert out.dtype == BF16
-    torch.testing.assert_close(out.float(), module(x), rtol=0.05, atol=0.05)
+    expected = computed_in(FP32, module, x)
+    torch.testing.assert_close(out.float(), expected, rtol=0.05, atol=0.05)
 
 
 def test_copies_and_pickles(tmp_path):
-    module = FlashMHA(DIM, HEADS, causal=True)
-    x = torch.randn(2, 5, DIM)
+    module = FlashMHA(DIM, HEADS, causal=True, dtype=DTYPE)
+    x = randn(2, 5, DIM)
     assert torch.equal(copy.deepcopy(module)(x), module(x))
     torch.save(module, tmp_path / "module.pt")
     loaded = torch.load(tmp_path / "module.pt", weights_only=False)
@@ -176,9 +180,11 @@ def test_first_generation_attention(causal):
 
 
 def test_first_generation_mha():
-    module = first_generation.FlashMHA(DIM, HEADS, bias=False, attention_dropout=0.3, causal=True)
+    module = first_generation.FlashMHA(
+        DIM, HEADS, bias=False, attention_dropout=0.3, causal=True, dtype=DTYPE
+    )
     assert set(module.state_dict()) == {"Wqkv.weight", "out_proj.weight"}
-    x = torch.randn(2, 17, DIM)
+    x = randn(2, 17, DIM)
     assert not torch.equal(module(x)[0], module(x)[0])
     module.eval()
     out, weights = module(x, key_padding_mask=torch.ones(2, 17, dtype=torch.bool))

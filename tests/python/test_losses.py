@@ -62,6 +62,7 @@ def test_losses_and_gradients(name, dtype):
     assert (gradient[::5] == 0).all()
 
 
+@pytest.mark.cpu  # one element after the other
 def test_gradcheck():
     logits, labels = inputs(rows=4, columns=7, dtype=torch.float64)
     logits.requires_grad_()
@@ -156,6 +157,11 @@ def test_bad_input():
         CrossEntropyLoss(reduction="max")
     with pytest.raises(RuntimeError, match="logits must have shape"):
         cross_entropy_loss(logits, labels[1:])
+
+
+@pytest.mark.cpu  # on a GPU it would have to wait to see them
+def test_labels_out_of_range():
+    logits, labels = inputs()
     for wrong in (101, -1):
         labels[3] = wrong
         with pytest.raises(RuntimeError, match=rf"labels must be in \[0, 101\).*got {wrong}"):
@@ -177,6 +183,7 @@ def _one_process(rank, store, logits, labels, options, results):
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.cpu  # as gloo is
 def test_vocabulary_over_two_processes(tmp_path):
     """The vocabulary's parts on two processes give the losses and gradients of the whole."""
     if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():

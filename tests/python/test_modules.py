@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from checks import BF16, FP32
+from checks import BF16, FP32, randn
 from module_checks import HEAD_DIM, HEADS, check_attention, qkv
 
 from flash_attn.modules.mha import (
@@ -95,7 +95,7 @@ def test_flash_self_attention(name):
 def test_flash_cross_attention(name):
     options = SELF_OPTIONS[name]
     module = FlashCrossAttention(**options)
-    q, kv = torch.randn(2, 9, HEADS, HEAD_DIM), torch.randn(2, 21, 2, 2, HEAD_DIM)
+    q, kv = randn(2, 9, HEADS, HEAD_DIM), randn(2, 21, 2, 2, HEAD_DIM)
     check_attention(module(q, kv), q, *kv.unbind(2), **options)
 
     bounds_q, bounds_k = [0, 7, 18], [0, 30, 42]
@@ -118,7 +118,7 @@ def test_plain_modules(causal):
     x = qkv()
     q, k, v = x.unbind(2)
     check_attention(SelfAttention(causal=causal)(x), q, k, v, causal=causal)
-    kv = torch.randn(2, 31, 2, 2, HEAD_DIM)
+    kv = randn(2, 31, 2, 2, HEAD_DIM)
     check_attention(CrossAttention(causal=causal)(q, kv), q, *kv.unbind(2), causal=causal)
     check_attention(CrossAttention()(q, kv, causal=causal), q, *kv.unbind(2), causal=causal)
 

@@ -265,6 +265,7 @@ def test_kv():
 # float64, and other ways to compute the same
 
 
+@pytest.mark.cpu  # one element after the other
 @pytest.mark.parametrize("pairs", ["interleaved", "halves"])
 def test_gradcheck(pairs):
     cos, sin = tables(8, torch.float64)

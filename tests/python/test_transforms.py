@@ -7,6 +7,7 @@ the same to the last bit unless a comment says why not.
 import pytest
 import torch
 import torch._dynamo.testing
+from checks import CLOSE
 from public_functions import (
     CU_K,
     CU_Q,
@@ -37,7 +38,7 @@ def test_vmap(function):
     actual = torch.vmap(results)(*batch)
     expected = [torch.stack(x) for x in zip(*map(results, *batch), strict=True)]
     for x, y in zip(actual, expected, strict=True):  # other heads, other blocks
-        torch.testing.assert_close(x, y)
+        torch.testing.assert_close(x, y, **CLOSE)
 
 
 @every_function
@@ -55,8 +56,8 @@ def test_vmap_of_gradients(function):
     outside = leaves(batch)
     whole = torch.autograd.grad(torch.vmap(loss)(*outside).sum(), outside)
     for x, y, z in zip(per_sample, whole, expected, strict=True):
-        torch.testing.assert_close(x, z)
-        torch.testing.assert_close(y, z)
+        torch.testing.assert_close(x, z, **CLOSE)
+        torch.testing.assert_close(y, z, **CLOSE)
 
 
 def test_vmap_over_queries_alone():
@@ -67,8 +68,8 @@ def test_vmap_over_queries_alone():
         return flash_attn.flash_attn_func(q, k, v, causal=True, alibi_slopes=SLOPES)
 
     actual = torch.vmap(function, in_dims=2, out_dims=1)(queries)
-    torch.testing.assert_close(actual[:, 1], function(-q))
-    torch.testing.assert_close(actual[:, 2], function(2 * q))
+    torch.testing.assert_close(actual[:, 1], function(-q), **CLOSE)
+    torch.testing.assert_close(actual[:, 2], function(2 * q), **CLOSE)
 
 
 def test_vmap_over_slopes_alone():
@@ -78,7 +79,7 @@ def test_vmap_over_slopes_alone():
     def function(slopes):
         return flash_attn.flash_attn_func(q, k, v, alibi_slopes=slopes)
 
-    torch.testing.assert_close(torch.vmap(function)(slopes)[1], function(slopes[1]))
+    torch.testing.assert_close(torch.vmap(function)(slopes)[1], function(slopes[1]), **CLOSE)
 
 
 def test_vmap_dropout():

@@ -7,6 +7,7 @@ conventions are those of docs/numerics.md.
 Notation: batch b, query length sq, key length sk, query heads h, key heads hk, head dimension d.
 All functions compute in `dtype`, float64 unless told otherwise; float32, bfloat16 or float16 give
 the same computation done naively in that type, whose error is what the tolerances are derived from.
+They compute on the CPU; their results are where their tensors are.
 """
 
 from reference.attention import (
@@ -22,6 +23,7 @@ from reference.attention import (
 )
 from reference.cache import apply_rotary, kvcache_append, kvcache_attention
 from reference.dropout import dropout_keep_mask, dropout_numbers, philox
+from reference.on_the_cpu import on_the_cpu
 
 __all__ = [
     "_attention_by_pairs",
@@ -34,6 +36,7 @@ __all__ = [
     "gather_pages",
     "kvcache_append",
     "kvcache_attention",
+    "on_the_cpu",
     "philox",
     "s_dmask",
     "varlen_attention",

@@ -5,6 +5,7 @@ import math
 import torch
 
 from reference.dropout import dropout_keep_mask
+from reference.on_the_cpu import on_the_cpu
 
 # -------------------------------------------------------------------------------------------------
 # Masks and scores
@@ -55,6 +56,7 @@ def attention_scores(q, k, *, softmax_scale=None, softcap=0.0, alibi_slopes=None
 # Attention
 
 
+@on_the_cpu
 def attention(
     q,
     k,
@@ -229,6 +231,7 @@ def flash_gradients(
     return dq, dk, dv, ds_aux
 
 
+@on_the_cpu
 def varlen_attention(
     q,
     k,
@@ -298,6 +301,7 @@ def varlen_attention(
     return torch.cat(outs), torch.cat(lses, dim=1)
 
 
+@on_the_cpu
 def gather_pages(pages, table, length):
     """Rows 0 .. length - 1 of one sequence: row r lies in page table[r // page_size]."""
     page_size = pages.shape[1]
@@ -305,6 +309,7 @@ def gather_pages(pages, table, length):
     return pages[table.to(torch.int64)[row // page_size], row % page_size]
 
 
+@on_the_cpu
 def s_dmask(
     q, k, keep_mask, *, causal=False, window_size=(-1, -1), dtype=torch.float64, **score_options
 ):
@@ -324,6 +329,7 @@ def s_dmask(
 # Gradients
 
 
+@on_the_cpu
 def with_gradients(function, tensors, dout, dlse=None, *, dtype=torch.float64, **options):
     """Run `function(*tensors, **options, dtype=dtype)` and differentiate it by autograd.
 

@@ -3,8 +3,10 @@
 import torch
 
 from reference.attention import attention, gather_pages
+from reference.on_the_cpu import on_the_cpu
 
 
+@on_the_cpu
 def apply_rotary(
     x, cos, sin, *, positions, interleaved=False, conjugate=False, dtype=torch.float64
 ):
@@ -40,6 +42,7 @@ def _lengths(cache_seqlens, batch, default):
     return [int(x) for x in cache_seqlens]
 
 
+@on_the_cpu
 def kvcache_append(
     k_cache,
     v_cache,
@@ -84,6 +87,7 @@ def kvcache_append(
     return k_cache, v_cache
 
 
+@on_the_cpu
 def kvcache_attention(
     q,
     k_cache,
