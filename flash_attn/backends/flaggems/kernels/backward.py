@@ -1,0 +1,736 @@
+"""Attention backward: dK and dV, and dQ, by two kernels that compute the scores each for itself.
+
+    S = Q K^T    dP = dO V^T    P = exp(S - lse)    dS = P (dP - D)    D = rowsum(dO * O) - dlse
+    dV = P^T dO    dK = scale dS^T Q    dQ = scale dS K
+
+Seven products where one kernel would need five; in exchange there are no atomics, no accumulator in
+memory, and every result is bitwise reproducible.
+
+`backward_dkdv`: a program has BLOCK_N keys of one key head, and walks over the query heads of its
+group and their rows, BLOCK_M at a time. Scores are transposed, (keys, rows): so P^T and dS^T are
+the left operands of the next products as they lie in registers. What is to be subtracted from a
+column (log-sum-exp, D) is where the accumulator of the product begins, which costs no registers:
+dK, dV, S^T and dP^T fill them.
+
+`backward_dq`: a program has BLOCK_M rows of one query head and walks over the keys that they see.
+
+Both walk over the blocks that a mask cuts first, and then over the others without a mask. Bound by
+the tensor cores, and at small head dimensions as much by the exponentials and what surrounds them.
+"""
+
+import triton
+import triton.language as tl
+
+from flash_attn.backends.flaggems.kernels.backward_prepare import workspace_row
+from flash_attn.backends.flaggems.kernels.common import (
+    alibi_slope,
+    all_seeing_queries,
+    all_visible_keys,
+    any_seeing_queries,
+    any_visible_keys,
+    clamped,
+    dropout_keeps,
+    dropout_key,
+    rows_of_sequence,
+    tanh,
+    visible,
+)
+
+NUMBERS = [
+    *("q_batch_stride", "q_row_stride", "q_head_stride"),
+    *("k_batch_stride", "k_row_stride", "k_head_stride"),
+    *("v_batch_stride", "v_row_stride", "v_head_stride"),
+    *("dout_batch_stride", "dout_row_stride", "dout_head_stride"),
+    *("workspace_rows", "slopes_batch_stride", "slopes_head_stride", "total_q", "total_k"),
+    *("num_heads_k", "group_size", "seqlen_q", "seqlen_k", "window_left", "window_right"),
+    *("num_tiles", "num_pairs", "pairs_at_once"),
+    *("score_scale", "softcap", "dropout_threshold", "dropout_scale", "softmax_scale"),
+]
+
+
+@triton.jit
+def program_order(num_tiles, num_pairs, pairs_at_once):
+    """Tile and pair (of batch and head, int64) of this program.
+
+    pairs_at_once pairs, which share the cache, are worked on together, tile by tile.
+    """
+    program = tl.program_id(0).to(tl.int64)
+    group = program // (pairs_at_once.to(tl.int64) * num_tiles)
+    first = group * pairs_at_once
+    pairs = tl.minimum(num_pairs - first, pairs_at_once.to(tl.int64))
+    rest = program - first * num_tiles
+    return (rest // pairs).to(tl.int32), first + rest % pairs
+
+
+@triton.jit
+def tile_offsets(row_stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Where the elements of a tile of rows are, from its first; row_stride in elements."""
+    row = tl.arange(0, ROWS)
+    column = tl.arange(0, COLUMNS)
+    return row[:, None] * row_stride + column[None, :]
+
+
+@triton.jit
+def load_tile(
+    pointer,
+    offsets,
+    begin,
+    end,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    VALID_COLUMNS: tl.constexpr,
+    HAS_BEGIN: tl.constexpr,
+    HAS_END: tl.constexpr,
+):
+    """A tile of rows, 0 in rows before `begin` and from `end` on, and in invalid columns."""
+    row = tl.arange(0, ROWS)
+    column = tl.arange(0, COLUMNS)
+    if HAS_BEGIN:
+        mask = (row[:, None] >= begin) & (row[:, None] < end)
+    elif HAS_END:
+        mask = row[:, None] < end
+    if VALID_COLUMNS < COLUMNS:
+        if HAS_END:
+            mask = mask & (column[None, :] < VALID_COLUMNS)
+        else:
+            mask = column[None, :] < VALID_COLUMNS
+        x = tl.load(pointer + offsets, mask=mask, other=0.0)
+    elif HAS_END:
+        x = tl.load(pointer + offsets, mask=mask, other=0.0)
+    else:
+        x = tl.load(pointer + offsets)
+    return x
+
+
+@triton.jit
+def exponents(
+    score,
+    distance,
+    softcap,
+    slope,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_ALIBI: tl.constexpr,
+):
+    """Scores in units of log2, and what softcap's derivative is made of.
+
+    score: times score_scale already. The latter is tanh of the score before the cap, with softcap.
+    """
+    capped = score
+    if HAS_SOFTCAP:
+        capped = tanh(score)
+        score = softcap * capped
+    if HAS_ALIBI:
+        score = score - slope * tl.abs(distance)
+    return score, capped
+
+
+# -------------------------------------------------------------------------------------------------
+# dK and dV
+
+
+@triton.jit
+def _add_rows(
+    dk0,
+    dk1,
+    dv0,
+    dv1,
+    k0,
+    k1,
+    v0,
+    v1,
+    q,
+    dout,
+    minus_lse,
+    minus_d,
+    q_offsets0,
+    q_offsets1,
+    dout_offsets0,
+    dout_offsets1,
+    q_row_stride,
+    dout_row_stride,
+    start,
+    first_key,
+    row_begin,
+    row_end,
+    offset,
+    window_left,
+    window_right,
+    score_scale,
+    softcap,
+    slope,
+    key0,
+    key1,
+    dropout_threshold,
+    dropout_scale,
+    batch,
+    head,
+    MASKED: tl.constexpr,
+    HAS_LEFT: tl.constexpr,
+    HAS_RIGHT: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_ALIBI: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    D0: tl.constexpr,
+    D1: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """One block of rows, from row `start` of its sequence on."""
+    step = tl.arange(0, BLOCK_M)
+    minus_lse = tl.load(minus_lse + start + step)
+    minus_d = tl.load(minus_d + start + step)
+    q += start * q_row_stride
+    dout += start * dout_row_stride
+    begin = row_begin - start
+    end = row_end - start
+    VALID0: tl.constexpr = HEAD_DIM if HEAD_DIM < D0 else D0
+    # Rows that see nothing may hold anything, and are read as 0.
+    q0 = load_tile(q, q_offsets0, begin, end, BLOCK_M, D0, VALID0, MASKED, True)
+    dout0 = load_tile(dout, dout_offsets0, begin, end, BLOCK_M, D0, VALID0, MASKED, True)
+
+    s = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    dp = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    if not HAS_SOFTCAP:
+        s = tl.broadcast_to(minus_lse[None, :], [BLOCK_N, BLOCK_M])
+    if not HAS_DROPOUT:
+        dp = tl.broadcast_to(minus_d[None, :], [BLOCK_N, BLOCK_M])
+    s = tl.dot(k0, tl.trans(q0), s)
+    dp = tl.dot(v0, tl.trans(dout0), dp)
+    if D1 > 0:
+        q1 = load_tile(q + D0, q_offsets1, begin, end, BLOCK_M, D1, HEAD_DIM - D0, MASKED, True)
+        dout1 = load_tile(
+            dout + D0, dout_offsets1, begin, end, BLOCK_M, D1, HEAD_DIM - D0, MASKED, True
+        )
+        s = tl.dot(k1, tl.trans(q1), s)
+        dp = tl.dot(v1, tl.trans(dout1), dp)
+
+    row = start + step
+    key = first_key + tl.arange(0, BLOCK_N)
+    distance = 0.0
+    if HAS_ALIBI:
+        distance = (row + offset).to(tl.float32)[None, :] - key.to(tl.float32)[:, None]
+    score, capped = exponents(s * score_scale, distance, softcap, slope, HAS_SOFTCAP, HAS_ALIBI)
+    if HAS_SOFTCAP:
+        score = score + minus_lse[None, :]
+    p = tl.math.exp2(score)
+    if MASKED:
+        if HAS_RIGHT:
+            hidden = row[None, :] < (key - offset - window_right)[:, None]
+            if HAS_LEFT:
+                hidden = hidden | (row[None, :] > (key - offset + window_left)[:, None])
+        else:
+            hidden = row[None, :] > (key - offset + window_left)[:, None]
+        p = tl.where(hidden, 0.0, p)
+    weight = p
+    if HAS_DROPOUT:
+        keeps = tl.trans(
+            dropout_keeps(
+                key0, key1, dropout_threshold, batch, head, start, first_key, BLOCK_M, BLOCK_N
+            )
+        )
+        weight = tl.where(keeps, p, 0.0)
+        dp = tl.where(keeps, dp * dropout_scale, 0.0) + minus_d[None, :]
+    weight = weight.to(dout0.dtype)
+    dv0 = tl.dot(weight, dout0, dv0)
+    if D1 > 0:
+        dv1 = tl.dot(weight, dout1, dv1)
+    ds = p * dp
+    if HAS_SOFTCAP:
+        ds = ds * (1.0 - capped * capped)
+    ds = ds.to(q0.dtype)
+    dk0 = tl.dot(ds, q0, dk0)
+    if D1 > 0:
+        dk1 = tl.dot(ds, q1, dk1)
+    return dk0, dk1, dv0, dv1
+
+
+@triton.jit
+def store_tile(
+    pointer,
+    row_stride,
+    x,
+    end,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    VALID_COLUMNS: tl.constexpr,
+):
+    """Rows [0, end) of a tile; row_stride in elements, int64."""
+    row = tl.arange(0, ROWS)
+    column = tl.arange(0, COLUMNS)
+    mask = (row[:, None] < end) & (column[None, :] < VALID_COLUMNS)
+    tl.store(pointer + row[:, None] * row_stride + column[None, :], x, mask=mask)
+
+
+@triton.jit(
+    do_not_specialize=[
+        *NUMBERS,
+        *("dk_batch_stride", "dk_row_stride", "dk_head_stride"),
+        *("dv_batch_stride", "dv_row_stride", "dv_head_stride"),
+    ]
+)
+def backward_dkdv(
+    q,
+    k,
+    v,
+    dout,
+    workspace,
+    dk,
+    dv,
+    cu_seqlens_q,
+    cu_seqlens_k,
+    seqused_k,
+    alibi_slopes,
+    rng_state,
+    q_batch_stride: tl.int64,
+    q_row_stride: tl.int64,
+    q_head_stride: tl.int64,
+    k_batch_stride: tl.int64,
+    k_row_stride: tl.int64,
+    k_head_stride: tl.int64,
+    v_batch_stride: tl.int64,
+    v_row_stride: tl.int64,
+    v_head_stride: tl.int64,
+    dout_batch_stride: tl.int64,
+    dout_row_stride: tl.int64,
+    dout_head_stride: tl.int64,
+    dk_batch_stride: tl.int64,
+    dk_row_stride: tl.int64,
+    dk_head_stride: tl.int64,
+    dv_batch_stride: tl.int64,
+    dv_row_stride: tl.int64,
+    dv_head_stride: tl.int64,
+    workspace_rows: tl.int64,
+    slopes_batch_stride: tl.int64,
+    slopes_head_stride: tl.int64,
+    total_q: tl.int64,
+    total_k: tl.int64,
+    num_heads_k: tl.int32,
+    group_size: tl.int32,
+    seqlen_q: tl.int32,
+    seqlen_k: tl.int32,
+    window_left: tl.int32,
+    window_right: tl.int32,
+    num_tiles: tl.int32,
+    num_pairs: tl.int64,
+    pairs_at_once: tl.int32,
+    score_scale: tl.float32,
+    softcap: tl.float32,
+    dropout_threshold: tl.int32,
+    dropout_scale: tl.float32,
+    softmax_scale: tl.float32,
+    IS_VARLEN: tl.constexpr,
+    HAS_SEQUSED: tl.constexpr,
+    HAS_LEFT: tl.constexpr,
+    HAS_RIGHT: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_ALIBI: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr,
+    UNIT: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    D0: tl.constexpr,
+    D1: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """dk and dv of BLOCK_N keys of one key head.
+
+    q, dout: (b, sq, h, d) or (tq, h, d); k, v, dk, dv: (b, sk, hk, d) or (tk, hk, d); their strides
+    in units of UNIT. workspace: of backward_prepare.py. score_scale: softmax_scale * log2(e), or
+    with softcap softmax_scale / softcap. softcap: in units of log2.
+    """
+    tile, pair = program_order(num_tiles, num_pairs, pairs_at_once)
+    batch = pair // num_heads_k
+    head_k = pair % num_heads_k
+    first_q, num_q = rows_of_sequence(cu_seqlens_q, batch, seqlen_q, total_q, IS_VARLEN)
+    first_k, num_rows = rows_of_sequence(cu_seqlens_k, batch, seqlen_k, total_k, IS_VARLEN)
+    num_k = num_rows
+    if HAS_SEQUSED:
+        num_k = clamped(tl.load(seqused_k + batch), num_rows)
+    first_key = tile * BLOCK_N
+    if first_key < num_rows:
+        offset = num_k - num_q
+        keys = num_k - first_key
+        start_k = first_k + first_key
+        k += (batch * k_batch_stride + start_k * k_row_stride + head_k * k_head_stride) * UNIT
+        v += (batch * v_batch_stride + start_k * v_row_stride + head_k * v_head_stride) * UNIT
+        VALID0: tl.constexpr = HEAD_DIM if HEAD_DIM < D0 else D0
+        k_offsets = tile_offsets(k_row_stride * UNIT, BLOCK_N, D0)
+        v_offsets = tile_offsets(v_row_stride * UNIT, BLOCK_N, D0)
+        k0 = load_tile(k, k_offsets, 0, keys, BLOCK_N, D0, VALID0, False, True)
+        v0 = load_tile(v, v_offsets, 0, keys, BLOCK_N, D0, VALID0, False, True)
+        dk0 = tl.zeros([BLOCK_N, D0], tl.float32)
+        dv0 = tl.zeros([BLOCK_N, D0], tl.float32)
+        k1 = k0
+        v1 = v0
+        dk1 = dk0
+        dv1 = dv0
+        q_row_stride *= UNIT
+        dout_row_stride *= UNIT
+        q_offsets0 = tile_offsets(q_row_stride, BLOCK_M, D0)
+        dout_offsets0 = tile_offsets(dout_row_stride, BLOCK_M, D0)
+        q_offsets1 = q_offsets0
+        dout_offsets1 = dout_offsets0
+        if D1 > 0:
+            k_offsets = tile_offsets(k_row_stride * UNIT, BLOCK_N, D1)
+            v_offsets = tile_offsets(v_row_stride * UNIT, BLOCK_N, D1)
+            k1 = load_tile(k + D0, k_offsets, 0, keys, BLOCK_N, D1, HEAD_DIM - D0, False, True)
+            v1 = load_tile(v + D0, v_offsets, 0, keys, BLOCK_N, D1, HEAD_DIM - D0, False, True)
+            dk1 = tl.zeros([BLOCK_N, D1], tl.float32)
+            dv1 = tl.zeros([BLOCK_N, D1], tl.float32)
+            q_offsets1 = tile_offsets(q_row_stride, BLOCK_M, D1)
+            dout_offsets1 = tile_offsets(dout_row_stride, BLOCK_M, D1)
+        key0 = 0
+        key1 = 0
+        if HAS_DROPOUT:
+            key0, key1 = dropout_key(rng_state)
+
+        # Rows that see at least one key of the sequence, then of these keys, in tiles; the tiles
+        # [begin, full_begin) and [full_end, end) need a mask.
+        row_begin, row_end = any_seeing_queries(
+            0, num_k, offset, num_q, window_left, window_right, HAS_LEFT, HAS_RIGHT
+        )
+        last_key = tl.minimum(first_key + BLOCK_N, num_k)
+        begin, end = any_seeing_queries(
+            first_key, last_key, offset, num_q, window_left, window_right, HAS_LEFT, HAS_RIGHT
+        )
+        full_begin, full_end = all_seeing_queries(
+            first_key, last_key, offset, num_q, window_left, window_right, HAS_LEFT, HAS_RIGHT
+        )
+        begin = begin // BLOCK_M
+        end = tl.cdiv(end, BLOCK_M)
+        if first_key >= num_k:
+            end = begin
+        full_begin = tl.minimum(tl.maximum(tl.cdiv(full_begin, BLOCK_M), begin), end)
+        if HAS_LEFT:  # noqa: SIM108
+            full_end = tl.minimum(tl.maximum(full_end // BLOCK_M, full_begin), end)
+        else:
+            full_end = end
+        num_masked = full_begin - begin + end - full_end
+
+        q += (batch * q_batch_stride + head_k * group_size * q_head_stride) * UNIT
+        q += first_q * q_row_stride
+        dout += (batch * dout_batch_stride + head_k * group_size * dout_head_stride) * UNIT
+        dout += first_q * dout_row_stride
+        workspace += workspace_row(batch, first_q, seqlen_q, IS_VARLEN)
+        workspace += head_k * group_size * 2 * workspace_rows
+        for i in range(group_size):
+            head = head_k * group_size + i
+            slope = alibi_slope(
+                alibi_slopes, batch, head, slopes_batch_stride, slopes_head_stride, HAS_ALIBI
+            )
+            minus_d = workspace + workspace_rows
+            if HAS_LEFT or HAS_RIGHT:
+                for j in range(num_masked):
+                    block = begin + j
+                    if HAS_LEFT:
+                        block = tl.where(block < full_begin, block, block - full_begin + full_end)
+                    dk0, dk1, dv0, dv1 = _add_rows(
+                        dk0, dk1, dv0, dv1, k0, k1, v0, v1, q, dout, workspace, minus_d,
+                        q_offsets0, q_offsets1, dout_offsets0, dout_offsets1,
+                        q_row_stride, dout_row_stride, tl.multiple_of(block * BLOCK_M, BLOCK_M),
+                        first_key, row_begin, row_end, offset, window_left, window_right,
+                        score_scale, softcap, slope,
+                        key0, key1, dropout_threshold, dropout_scale, batch, head,
+                        True, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_ALIBI, HAS_DROPOUT,
+                        HEAD_DIM, D0, D1, BLOCK_M, BLOCK_N,
+                    )  # fmt: skip
+            for block in range(full_begin, full_end):
+                dk0, dk1, dv0, dv1 = _add_rows(
+                    dk0, dk1, dv0, dv1, k0, k1, v0, v1, q, dout, workspace, minus_d,
+                    q_offsets0, q_offsets1, dout_offsets0, dout_offsets1,
+                    q_row_stride, dout_row_stride, tl.multiple_of(block * BLOCK_M, BLOCK_M),
+                    first_key, row_begin, row_end, offset, window_left, window_right,
+                    score_scale, softcap, slope,
+                    key0, key1, dropout_threshold, dropout_scale, batch, head,
+                    False, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_ALIBI, HAS_DROPOUT,
+                    HEAD_DIM, D0, D1, BLOCK_M, BLOCK_N,
+                )  # fmt: skip
+            q += q_head_stride * UNIT
+            dout += dout_head_stride * UNIT
+            workspace += 2 * workspace_rows
+
+        # Keys behind seqused_k have no gradient, whatever was computed for them.
+        in_use = (tl.arange(0, BLOCK_N) < keys)[:, None]
+        dk0 = tl.where(in_use, dk0 * softmax_scale, 0.0)
+        dv0 = tl.where(in_use, dv0 * dropout_scale, 0.0)
+        rows = num_rows - first_key
+        dk += (batch * dk_batch_stride + start_k * dk_row_stride + head_k * dk_head_stride) * UNIT
+        dv += (batch * dv_batch_stride + start_k * dv_row_stride + head_k * dv_head_stride) * UNIT
+        dk_row_stride *= UNIT
+        dv_row_stride *= UNIT
+        dtype = dk.dtype.element_ty
+        store_tile(dk, dk_row_stride, dk0.to(dtype), rows, BLOCK_N, D0, VALID0)
+        store_tile(dv, dv_row_stride, dv0.to(dtype), rows, BLOCK_N, D0, VALID0)
+        if D1 > 0:
+            dk1 = tl.where(in_use, dk1 * softmax_scale, 0.0)
+            dv1 = tl.where(in_use, dv1 * dropout_scale, 0.0)
+            store_tile(dk + D0, dk_row_stride, dk1.to(dtype), rows, BLOCK_N, D1, HEAD_DIM - D0)
+            store_tile(dv + D0, dv_row_stride, dv1.to(dtype), rows, BLOCK_N, D1, HEAD_DIM - D0)
+
+
+# -------------------------------------------------------------------------------------------------
+# dQ
+
+
+@triton.jit
+def _add_keys(
+    dq0,
+    dq1,
+    q0,
+    q1,
+    dout0,
+    dout1,
+    k,
+    v,
+    minus_lse,
+    minus_d,
+    k_offsets0,
+    k_offsets1,
+    v_offsets0,
+    v_offsets1,
+    k_row_stride,
+    v_row_stride,
+    start,
+    first_row,
+    num_k,
+    offset,
+    window_left,
+    window_right,
+    score_scale,
+    softcap,
+    slope,
+    key0,
+    key1,
+    dropout_threshold,
+    dropout_scale,
+    batch,
+    head,
+    MASKED: tl.constexpr,
+    HAS_LEFT: tl.constexpr,
+    HAS_RIGHT: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_ALIBI: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    D0: tl.constexpr,
+    D1: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """One block of keys, from key `start` of the sequence on."""
+    k += start * k_row_stride
+    v += start * v_row_stride
+    end = num_k - start
+    VALID0: tl.constexpr = HEAD_DIM if HEAD_DIM < D0 else D0
+    k0 = load_tile(k, k_offsets0, 0, end, BLOCK_N, D0, VALID0, False, MASKED)
+    v0 = load_tile(v, v_offsets0, 0, end, BLOCK_N, D0, VALID0, False, MASKED)
+    s = tl.dot(q0, tl.trans(k0))
+    dp = tl.dot(dout0, tl.trans(v0))
+    if D1 > 0:
+        k1 = load_tile(k + D0, k_offsets1, 0, end, BLOCK_N, D1, HEAD_DIM - D0, False, MASKED)
+        v1 = load_tile(v + D0, v_offsets1, 0, end, BLOCK_N, D1, HEAD_DIM - D0, False, MASKED)
+        s = tl.dot(q1, tl.trans(k1), s)
+        dp = tl.dot(dout1, tl.trans(v1), dp)
+
+    row = first_row + tl.arange(0, BLOCK_M)
+    key = start + tl.arange(0, BLOCK_N)
+    distance = 0.0
+    if HAS_ALIBI:
+        distance = (row + offset).to(tl.float32)[:, None] - key.to(tl.float32)[None, :]
+    score, capped = exponents(s * score_scale, distance, softcap, slope, HAS_SOFTCAP, HAS_ALIBI)
+    p = tl.math.exp2(score + minus_lse[:, None])
+    if HAS_DROPOUT:
+        keeps = dropout_keeps(
+            key0, key1, dropout_threshold, batch, head, first_row, start, BLOCK_M, BLOCK_N
+        )
+        dp = tl.where(keeps, dp * dropout_scale, 0.0)
+    ds = p * (dp + minus_d[:, None])
+    if HAS_SOFTCAP:
+        ds = ds * (1.0 - capped * capped)
+    if MASKED:
+        sees = visible(
+            row[:, None], key[None, :], offset, num_k, window_left, window_right,
+            HAS_LEFT, HAS_RIGHT,
+        )  # fmt: skip
+        ds = tl.where(sees, ds, 0.0)
+    ds = ds.to(k0.dtype)
+    dq0 = tl.dot(ds, k0, dq0)
+    if D1 > 0:
+        dq1 = tl.dot(ds, k1, dq1)
+    return dq0, dq1
+
+
+@triton.jit(do_not_specialize=[*NUMBERS, *("dq_batch_stride", "dq_row_stride", "dq_head_stride")])
+def backward_dq(
+    q,
+    k,
+    v,
+    dout,
+    workspace,
+    dq,
+    cu_seqlens_q,
+    cu_seqlens_k,
+    seqused_k,
+    alibi_slopes,
+    rng_state,
+    q_batch_stride: tl.int64,
+    q_row_stride: tl.int64,
+    q_head_stride: tl.int64,
+    k_batch_stride: tl.int64,
+    k_row_stride: tl.int64,
+    k_head_stride: tl.int64,
+    v_batch_stride: tl.int64,
+    v_row_stride: tl.int64,
+    v_head_stride: tl.int64,
+    dout_batch_stride: tl.int64,
+    dout_row_stride: tl.int64,
+    dout_head_stride: tl.int64,
+    dq_batch_stride: tl.int64,
+    dq_row_stride: tl.int64,
+    dq_head_stride: tl.int64,
+    workspace_rows: tl.int64,
+    slopes_batch_stride: tl.int64,
+    slopes_head_stride: tl.int64,
+    total_q: tl.int64,
+    total_k: tl.int64,
+    num_heads_k: tl.int32,
+    group_size: tl.int32,
+    seqlen_q: tl.int32,
+    seqlen_k: tl.int32,
+    window_left: tl.int32,
+    window_right: tl.int32,
+    num_tiles: tl.int32,
+    num_pairs: tl.int64,
+    pairs_at_once: tl.int32,
+    score_scale: tl.float32,
+    softcap: tl.float32,
+    dropout_threshold: tl.int32,
+    dropout_scale: tl.float32,
+    softmax_scale: tl.float32,
+    IS_VARLEN: tl.constexpr,
+    HAS_SEQUSED: tl.constexpr,
+    HAS_LEFT: tl.constexpr,
+    HAS_RIGHT: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_ALIBI: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr,
+    UNIT: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    D0: tl.constexpr,
+    D1: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """dq of BLOCK_M rows of one query head; arguments as those of backward_dkdv.
+
+    Tiles are numbered from the last on: under a causal mask the last rows take longest.
+    """
+    tile, pair = program_order(num_tiles, num_pairs, pairs_at_once)
+    num_heads = num_heads_k * group_size
+    batch = pair // num_heads
+    head = pair % num_heads
+    head_k = head // group_size
+    first_q, num_q = rows_of_sequence(cu_seqlens_q, batch, seqlen_q, total_q, IS_VARLEN)
+    first_k, num_k = rows_of_sequence(cu_seqlens_k, batch, seqlen_k, total_k, IS_VARLEN)
+    if HAS_SEQUSED:
+        num_k = clamped(tl.load(seqused_k + batch), num_k)
+    first_row = (num_tiles - 1 - tile) * BLOCK_M
+    if first_row < num_q:
+        offset = num_k - num_q
+        rows = num_q - first_row
+        row_begin, row_end = any_seeing_queries(
+            0, num_k, offset, num_q, window_left, window_right, HAS_LEFT, HAS_RIGHT
+        )
+        start_q = first_q + first_row
+        q += (batch * q_batch_stride + start_q * q_row_stride + head * q_head_stride) * UNIT
+        dout += (
+            batch * dout_batch_stride + start_q * dout_row_stride + head * dout_head_stride
+        ) * UNIT
+        VALID0: tl.constexpr = HEAD_DIM if HEAD_DIM < D0 else D0
+        begin = row_begin - first_row
+        end = row_end - first_row
+        q_offsets = tile_offsets(q_row_stride * UNIT, BLOCK_M, D0)
+        dout_offsets = tile_offsets(dout_row_stride * UNIT, BLOCK_M, D0)
+        q0 = load_tile(q, q_offsets, begin, end, BLOCK_M, D0, VALID0, True, True)
+        dout0 = load_tile(dout, dout_offsets, begin, end, BLOCK_M, D0, VALID0, True, True)
+        dq0 = tl.zeros([BLOCK_M, D0], tl.float32)
+        q1 = q0
+        dout1 = dout0
+        dq1 = dq0
+        k_row_stride *= UNIT
+        v_row_stride *= UNIT
+        k_offsets0 = tile_offsets(k_row_stride, BLOCK_N, D0)
+        v_offsets0 = tile_offsets(v_row_stride, BLOCK_N, D0)
+        k_offsets1 = k_offsets0
+        v_offsets1 = v_offsets0
+        if D1 > 0:
+            q_offsets = tile_offsets(q_row_stride * UNIT, BLOCK_M, D1)
+            dout_offsets = tile_offsets(dout_row_stride * UNIT, BLOCK_M, D1)
+            q1 = load_tile(q + D0, q_offsets, begin, end, BLOCK_M, D1, HEAD_DIM - D0, True, True)
+            dout1 = load_tile(
+                dout + D0, dout_offsets, begin, end, BLOCK_M, D1, HEAD_DIM - D0, True, True
+            )
+            dq1 = tl.zeros([BLOCK_M, D1], tl.float32)
+            k_offsets1 = tile_offsets(k_row_stride, BLOCK_N, D1)
+            v_offsets1 = tile_offsets(v_row_stride, BLOCK_N, D1)
+        workspace += workspace_row(batch, first_q, seqlen_q, IS_VARLEN) + first_row
+        workspace += head * 2 * workspace_rows
+        # As prepare writes it: in the units of what it is added to in backward_dkdv.
+        minus_lse = tl.load(workspace + tl.arange(0, BLOCK_M))
+        if not HAS_SOFTCAP:
+            minus_lse *= score_scale
+        minus_d = tl.load(workspace + workspace_rows + tl.arange(0, BLOCK_M))
+        slope = alibi_slope(
+            alibi_slopes, batch, head, slopes_batch_stride, slopes_head_stride, HAS_ALIBI
+        )
+        key0 = 0
+        key1 = 0
+        if HAS_DROPOUT:
+            key0, key1 = dropout_key(rng_state)
+
+        last_row = tl.minimum(first_row + BLOCK_M, num_q)
+        begin, end = any_visible_keys(
+            first_row, last_row, offset, num_k, window_left, window_right, HAS_LEFT, HAS_RIGHT
+        )
+        full_begin, full_end = all_visible_keys(
+            first_row, last_row, offset, num_k, window_left, window_right, HAS_LEFT, HAS_RIGHT
+        )
+        begin = begin // BLOCK_N
+        end = tl.cdiv(end, BLOCK_N)
+        full_begin = tl.minimum(tl.maximum(tl.cdiv(full_begin, BLOCK_N), begin), end)
+        full_end = tl.minimum(tl.maximum(full_end // BLOCK_N, full_begin), end)
+        num_masked = full_begin - begin + end - full_end
+
+        k += (batch * k_batch_stride + head_k * k_head_stride) * UNIT + first_k * k_row_stride
+        v += (batch * v_batch_stride + head_k * v_head_stride) * UNIT + first_k * v_row_stride
+        for j in range(num_masked):
+            block = begin + j
+            block = tl.where(block < full_begin, block, block - full_begin + full_end)
+            dq0, dq1 = _add_keys(
+                dq0, dq1, q0, q1, dout0, dout1, k, v, minus_lse, minus_d,
+                k_offsets0, k_offsets1, v_offsets0, v_offsets1, k_row_stride, v_row_stride,
+                tl.multiple_of(block * BLOCK_N, BLOCK_N), first_row, num_k, offset,
+                window_left, window_right, score_scale, softcap, slope,
+                key0, key1, dropout_threshold, dropout_scale, batch, head,
+                True, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_ALIBI, HAS_DROPOUT,
+                HEAD_DIM, D0, D1, BLOCK_M, BLOCK_N,
+            )  # fmt: skip
+        for block in range(full_begin, full_end):
+            dq0, dq1 = _add_keys(
+                dq0, dq1, q0, q1, dout0, dout1, k, v, minus_lse, minus_d,
+                k_offsets0, k_offsets1, v_offsets0, v_offsets1, k_row_stride, v_row_stride,
+                tl.multiple_of(block * BLOCK_N, BLOCK_N), first_row, num_k, offset,
+                window_left, window_right, score_scale, softcap, slope,
+                key0, key1, dropout_threshold, dropout_scale, batch, head,
+                False, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_ALIBI, HAS_DROPOUT,
+                HEAD_DIM, D0, D1, BLOCK_M, BLOCK_N,
+            )  # fmt: skip
+
+        dq += (batch * dq_batch_stride + start_q * dq_row_stride + head * dq_head_stride) * UNIT
+        dq_row_stride *= UNIT
+        dtype = dq.dtype.element_ty
+        store_tile(dq, dq_row_stride, (dq0 * softmax_scale).to(dtype), rows, BLOCK_M, D0, VALID0)
+        if D1 > 0:
+            x = (dq1 * softmax_scale).to(dtype)
+            store_tile(dq + D0, dq_row_stride, x, rows, BLOCK_M, D1, HEAD_DIM - D0)
