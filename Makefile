@@ -166,8 +166,8 @@ test-gpu: export FLASH_ATTENTION_USE_FLAGGEMS = FALSE
 test-gpu: $(VENV)/.package $(VENV)/.tools  ## everything that needs an NVIDIA GPU (TORCH=torch, FA2=path)
 	$(bin)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available() and "torch sees no NVIDIA GPU")'
 	$(bin)/python benchmarks/check_gpu.py --part correctness --workers $(GPU_JOBS)
-	$(bin)/pytest -n $(GPU_JOBS) --device cuda tests/python
-	$(bin)/pytest tests/gpu
+	$(bin)/pytest -n $(GPU_JOBS) --dist worksteal --device cuda tests/python
+	$(bin)/pytest -n $(GPU_JOBS) --dist worksteal tests/gpu
 	$(bin)/python tests/gpu/random_configurations.py --workers $(GPU_JOBS)
 	$(bin)/python tests/gpu/sanitize.py --workers $(GPU_JOBS)
 	test -z "$(FA2)" || $(bin)/python tests/gpu/flash_attention_2.py "$(FA2)" --workers $(GPU_JOBS)

@@ -4,6 +4,7 @@ import calls
 import pytest
 import torch
 import torch._dynamo.testing
+import torch._inductor.config
 
 import flash_attn
 
@@ -20,12 +21,32 @@ class Block(torch.nn.Module):
         self.out = torch.nn.Linear(256, 256, dtype=BF16)
 
     def forward(self, x):
-        q, k, v = self.qkv(x).unflatten(-1, (3, 4, 64)).unbind(2)
+        # Not unflatten, which Dynamo cannot trace where a default device is set.
+        q, k, v = self.qkv(x).view(*x.shape[:2], 3, 4, 64).unbind(2)
         return self.out(flash_attn.flash_attn_func(q, k, v, **self.options).flatten(-2))
 
 
 MODES = ("default", "reduce-overhead", "max-autotune")
-OPTIONS = ({"causal": True}, {"window_size": (40, 0), "softcap": 5.0}, {"deterministic": True})
+TRAININGS = (
+    ("default", {"deterministic": True}),
+    ("reduce-overhead", {"causal": True}),
+    ("reduce-overhead", {"window_size": (40, 0), "softcap": 5.0}),
+    ("max-autotune", {"causal": True, "deterministic": True}),
+)
+
+
+@pytest.fixture(autouse=True)
+def _quick():
+    """Compiled anew, in this process; what is tuned are the kernels around attention."""
+    torch._dynamo.reset()
+    with torch._inductor.config.patch(compile_threads=1, max_autotune_gemm_backends="ATEN"):
+        yield
+
+
+def assert_close(actual, expected):
+    """Up to a few roundings of the largest value."""
+    largest = float(expected.float().abs().max())
+    torch.testing.assert_close(actual, expected, rtol=2e-2, atol=2e-2 * largest)
 
 
 def steps(function, inputs):
@@ -33,29 +54,27 @@ def steps(function, inputs):
     results = []
     for x in inputs:
         torch.compiler.cudagraph_mark_step_begin()
+        function.zero_grad()
         x = x.clone().requires_grad_()
         out = function(x)
-        (out.float() ** 2).mean().backward()
+        out.float().square().sum().backward()
         results.append((out.detach().clone(), x.grad.clone()))
     return results
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode, options", TRAININGS, ids=str)
 def test_training(mode, options):
-    torch._dynamo.reset()
     block = Block(**options)
     inputs = [torch.randn(2, 100, 256).to(BF16) for _ in range(4)]
     expected = steps(block, inputs)
     compiled = torch.compile(block, fullgraph=True, mode=mode)
     for (out, grad), (want, want_grad) in zip(steps(compiled, inputs), expected, strict=True):
-        torch.testing.assert_close(out, want, rtol=2e-2, atol=2e-2)
-        torch.testing.assert_close(grad, want_grad, rtol=2e-2, atol=1e-4)
+        assert_close(out, want)
+        assert_close(grad, want_grad)
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_decoding(mode):
-    torch._dynamo.reset()
     q, k, v = (x.detach() for x in calls.leaves((2, 1, 4, 64), (2, 64, 2, 64), (2, 64, 2, 64)))
     new = torch.randn(2, 1, 2, 64).to(BF16)
     lengths = calls.int32(5, 20)
@@ -77,7 +96,6 @@ def test_decoding(mode):
 
 
 def test_dropout_is_drawn_anew_in_every_replay():
-    torch._dynamo.reset()
     q, k, v = calls.leaves(*[(1, 90, 2, 64)] * 3)
     compiled = torch.compile(
         lambda *x: flash_attn.flash_attn_func(*x, dropout_p=0.4),
@@ -92,7 +110,6 @@ def test_dropout_is_drawn_anew_in_every_replay():
 
 
 def test_variable_lengths_do_not_recompile():
-    torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("inductor")
     compiled = torch.compile(
         flash_attn.flash_attn_varlen_func, fullgraph=True, dynamic=True, backend=counter

@@ -52,7 +52,7 @@ def test_the_current_stream_is_used(make):
     expected_late = flash_attn.flash_attn_func(x, x, x)
     torch.cuda.synchronize()
     with torch.cuda.stream(stream):
-        torch.cuda._sleep(50_000_000)  # some 25 ms
+        torch.cuda._sleep(400_000_000)  # some 200 ms
         late.copy_(x)
         out = flash_attn.flash_attn_func(late, late, late)
         results = call()
@@ -88,10 +88,11 @@ def test_threads_with_streams_of_their_own(make):
         try:
             stream = torch.cuda.Stream()
             with torch.cuda.stream(stream):
-                for _ in range(20):
-                    result = call()
+                for _ in range(4):
+                    results = [call() for _ in range(5)]
                     stream.synchronize()
-                    assert_equal(result, expected)
+                    for result in results:
+                        assert_equal(result, expected)
         except BaseException as error:
             failures.append(error)
 

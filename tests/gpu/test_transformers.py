@@ -4,9 +4,10 @@ Small random models, so that nothing is downloaded: Llama with grouped heads, an
 layers have windows and whose scores are capped.
 """
 
+import importlib
+
 import pytest
 import torch
-from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM
 
 BF16 = torch.bfloat16
 SIZES = {
@@ -30,17 +31,15 @@ GEMMA2 = {
     "attn_logit_softcapping": 2.0,
 }
 
-# The implementation to compare with: sdpa cannot cap scores.
-MODELS = {
-    "llama": (LlamaForCausalLM, LlamaConfig, {}, "sdpa"),
-    "gemma2": (Gemma2ForCausalLM, Gemma2Config, GEMMA2, "eager"),
-}
+# Options, and the implementation to compare with: sdpa cannot cap scores.
+MODELS = {"Llama": ({}, "sdpa"), "Gemma2": (GEMMA2, "eager")}
 every_model = pytest.mark.parametrize("name", MODELS)
 
 
 def build(name, attention):
-    model, config, options, _ = MODELS[name]
-    made = config(**SIZES, **options, attn_implementation=attention)
+    transformers = importlib.import_module("transformers")  # takes seconds: not to collect tests
+    config, model = (getattr(transformers, name + kind) for kind in ("Config", "ForCausalLM"))
+    made = config(**SIZES, **MODELS[name][0], attn_implementation=attention)
     with torch.device("cpu"):
         return model._from_config(made, dtype=BF16).cuda()
 
