@@ -7,7 +7,6 @@ launch our kernels. FlagGems and Triton are imported by the first call.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, empty_like
 
 from flash_attn.backends.flaggems import runtime
@@ -74,9 +73,9 @@ def backward(
 ) -> Tensor:
     """Attention backward; see `Backend.backward`."""
     runtime.current()
-    from flash_attn.backends.flaggems import backward
+    from flash_attn.backends.flaggems import gradients
 
-    return backward.backward(
+    return gradients.backward(
         dout,
         q,
         k,
@@ -91,3 +90,84 @@ def backward(
         dsoftmax_lse,
         ds_aux,
     )
+
+
+def kvcache(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    options: Options,
+    rotary_cos: Tensor | None = None,
+    rotary_sin: Tensor | None = None,
+    rotary_interleaved: bool = True,
+    cache_seqlens: Tensor | None = None,
+    cache_batch_idx: Tensor | None = None,
+    cache_leftpad: Tensor | None = None,
+    block_table: Tensor | None = None,
+    num_splits: int = 0,
+    out: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention over a cache, appended to first; see `Backend.kvcache`."""
+    runtime.current()
+    from flash_attn.backends.flaggems import attention, embedding
+
+    if out is None:
+        out = empty_like(q)
+    softmax_lse = attention.row_vector(q, False)
+    if k is not None:
+        embedding.append(
+            k,
+            v,
+            k_cache,
+            v_cache,
+            cache_seqlens,
+            rotary_cos,
+            rotary_sin,
+            rotary_interleaved,
+            cache_batch_idx,
+            block_table,
+        )
+        if rotary_cos is not None:
+            by_row = options.causal or options.window_left >= 0 or options.window_right >= 0
+            q = embedding.rotated_queries(
+                q, rotary_cos, rotary_sin, cache_seqlens, rotary_interleaved, by_row
+            )
+    keys = attention.Keys(
+        attention.cache_capacity(k_cache, block_table),
+        None,
+        cache_seqlens,
+        cache_leftpad,
+        cache_batch_idx,
+        block_table,
+        0 if k is None else k.shape[1],
+    )
+    attention.attend(
+        q, k_cache, v_cache, out, softmax_lse, options, None, q.shape[1], keys, num_splits
+    )
+    return out, softmax_lse
+
+
+def rotary(
+    x: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    *,
+    out: Tensor | None = None,
+    seqlen_offsets: int | Tensor = 0,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
+    interleaved: bool = False,
+    conjugate: bool = False,
+) -> Tensor:
+    """Rotary position embedding; see `Backend.rotary`."""
+    runtime.current()
+    from flash_attn.backends.flaggems import embedding
+
+    if out is None:
+        out = empty_like(x)
+    embedding.rotate(
+        x, out, cos, sin, seqlen_offsets, cu_seqlens, max_seqlen or 0, interleaved, conjugate
+    )
+    return out

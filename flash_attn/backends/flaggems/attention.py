@@ -55,8 +55,10 @@ def row_vector(q: Tensor, variable_length: bool) -> Tensor:
     return torch.empty(shape, dtype=torch.float32, device=q.device)
 
 
-def _paged_capacity(k: Tensor, block_table: Tensor) -> int:
-    """Rows that a sequence's pages have. Without any page there is none."""
+def cache_capacity(k: Tensor, block_table: Tensor | None) -> int:
+    """Rows that a sequence has in a cache. Pages that are not there have none."""
+    if block_table is None:
+        return k.shape[1]
     return block_table.shape[1] * k.shape[1] if k.shape[0] > 0 else 0
 
 
@@ -78,7 +80,7 @@ def forward(
     if sequences.block_table is None:
         seqlen_k = min(max_seqlen_k, k.shape[0])
     else:
-        seqlen_k = capacity = _paged_capacity(k, sequences.block_table)
+        seqlen_k = capacity = cache_capacity(k, sequences.block_table)
         if sequences.seqused_k is None:
             seqlen_k = min(max_seqlen_k, capacity)
     keys = Keys(
@@ -111,7 +113,7 @@ def plan_splits(num_items: int, num_keys: int, num_units: int, block_n: int) -> 
     best, best_time = 1, None
     for splits in range(1, most + 1):
         waves = -(-num_items * splits // num_units)
-        keys = -(-(-(-num_keys // splits)) // block_n) * block_n
+        keys = -(-num_keys // (splits * block_n)) * block_n
         time = waves * (keys + (cost if splits > 1 else 0))
         if best_time is None or time < best_time:
             best, best_time = splits, time
@@ -302,8 +304,10 @@ def attend(
             write_s_dmask,
             batch * num_heads * num_tiles,
             q.device,
-            (q, k, s_dmask, *tensors, *numbers[:6], *s_dmask.stride()[:3], *numbers[14:])
-            + (num_tiles, s_dmask.shape[2], s_dmask.shape[3]),
+            (
+                *(q, k, s_dmask, *tensors, *numbers[:6], *s_dmask.stride()[:3], *numbers[14:]),
+                *(num_tiles, s_dmask.shape[2], s_dmask.shape[3]),
+            ),
             {
                 "UNIT": unit,
                 **sequence_flags,

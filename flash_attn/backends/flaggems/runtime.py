@@ -62,7 +62,7 @@ class Runtime:
             return contextlib.nullcontext()
         return self._devices.device(device)
 
-    @functools.cache  # noqa: B019: there is one runtime
+    @functools.cache  # noqa: B019
     def num_units(self, device: torch.device) -> int:
         """How many programs the device runs at once, at one for each multiprocessor."""
         try:
@@ -113,7 +113,7 @@ def _failure(what: str, error: Exception) -> RuntimeError:
         f"{type(error).__name__}: {error}. Triton is {_triton_version()}, "
         f"TRITON_INTERPRET={os.environ.get('TRITON_INTERPRET', 'not set')}, "
         f"GEMS_VENDOR={os.environ.get('GEMS_VENDOR', 'not set')}. FlagGems needs an accelerator "
-        "that torch sees, the Triton of its vendor (at most 3.6 on NVIDIA GPUs), and no interpreter."
+        "that torch sees, its vendor's Triton (at most 3.6 on NVIDIA GPUs), and no interpreter."
     )
 
 

@@ -79,8 +79,10 @@ def few_rows(capability: int, head_dim: int, rows: int) -> Tile:
     return tile._replace(block_m=16 if rows <= 16 else 32 if rows <= 32 else 64)
 
 
-# A program of combine has one row, and the other numbers tell how it runs; S_dmask is for tests.
-COMBINE = Tile(1, 1, 4, 1)
+# Kernels that move rows, whose blocks follow from the call: only how a program runs counts.
+ROWS = Tile(0, 0, 4, 1)
+COMBINE = Tile(0, 0, 4, 1)
+# For tests.
 S_DMASK = Tile(32, 32, 4, 1)
 
 

@@ -1,7 +1,7 @@
 """S_dmask: what dropout did to the softmax, for tests.
 
-Entry (row, column) is exp(score - row maximum), negative where it was dropped, 0 where it is masked.
-A program has a tile of rows of one query head and walks over the keys twice.
+Entry (row, column) is exp(score - row maximum), negative where it was dropped, 0 where masked. A
+program has a tile of rows of one query head and walks over the keys twice.
 """
 
 import triton
