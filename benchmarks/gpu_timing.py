@@ -1,9 +1,14 @@
 """What `check_gpu.py` times: each function takes one case and returns one row, in its own process.
+And what the scripts `tune_*.py` share, which time variants of a kernel.
 
 All sides of a case are timed in alternation (A B C A B C ...) and only times of one round are
 compared. The peers are the flash and the cuDNN backend of scaled_dot_product_attention.
 """
 
+import concurrent.futures
+import itertools
+import math
+import multiprocessing
 import os
 import statistics
 import subprocess
@@ -349,3 +354,54 @@ def training_step(work):
         abs(a - b) for a, b in zip(*curves.values(), strict=True)
     )
     return row
+
+
+# -------------------------------------------------------------------------------------------------
+# Variants of a kernel, which a variable of the environment chooses
+
+
+def variant(variable, value, function):
+    """The function, called with this value in the environment."""
+
+    def call():
+        os.environ[variable] = value
+        return function()
+
+    return call
+
+
+def _reason(check, item):
+    setup()
+    try:
+        return check(item)
+    except RuntimeError as error:
+        return str(error).partition("\n")[0][:200]
+
+
+def usable(check, items):
+    """The items that compile and are right, as a set; prints why the others are not.
+
+    `check` returns what is wrong with an item, or None. It is called in several processes; what it
+    compiles lies in the disk cache then.
+    """
+    items = sorted(set(items))
+    spawn = multiprocessing.get_context("spawn")
+    workers = min(8, os.cpu_count() or 1)
+    with concurrent.futures.ProcessPoolExecutor(workers, mp_context=spawn) as pool:
+        reasons = list(pool.map(_reason, itertools.repeat(check), items))
+    for item, reason in zip(items, reasons, strict=True):
+        if reason is not None:
+            print(*item, "cannot be used:", reason, flush=True)
+    return {item for item, reason in zip(items, reasons, strict=True) if reason is None}
+
+
+def print_variants(case, unit, work, samples, failures, peers):
+    """A line for each side: its figure, and how many times faster than the round's best peer."""
+    timed = [samples[name] for name in peers if name in samples]
+    best = [min(seconds) for seconds in zip(*timed, strict=True)]
+    for name, seconds in samples.items():
+        rate = work / statistics.median(seconds)
+        ratio = statistics.median(map(float.__truediv__, best, seconds)) if best else math.nan
+        print(f"{case!s:26} {name or 'planner':24} {rate:5.0f} {unit}  x {ratio:.3f}", flush=True)
+    for name, reason in failures.items():
+        print(f"{case!s:26} {name or 'planner':24} failed: {reason[:100]}", flush=True)

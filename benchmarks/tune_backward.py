@@ -2,14 +2,14 @@
 
 Each variant is checked against float64 on a small shape, then timed in alternation with torch's
 flash backend (both without their forward passes and without autograd), in TFLOP/s of visible
-entries. Hidden size 2048, 16,384 tokens in all.
+entries; a row ends with how many times faster than that it is. Hidden size 2048, 16,384 tokens in
+all.
 
   python benchmarks/tune_backward.py
   python benchmarks/tune_backward.py --head-dim 128 --tiles 64,64,4,2,1,2 64,128,8,2,2,1
-  python benchmarks/tune_backward.py --head-dim 64 --tiles chosen --deterministic
+  python benchmarks/tune_backward.py --head-dim 64 --tiles "" --deterministic
 
-Tiles are tile_m,tile_n,num_warps,q_stages,do_stages,min_blocks, or "chosen" for what the planner
-takes.
+Tiles are tile_m,tile_n,num_warps,q_stages,do_stages,min_blocks; "" is what the planner takes.
 """
 
 import argparse
@@ -17,23 +17,23 @@ import functools
 import math
 import os
 import pathlib
-import statistics
 import sys
 
 import torch
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
-os.environ["FLASH_ATTENTION_USE_FLAGGEMS"] = "FALSE"
+
+import gpu_timing
 
 from flash_attn.flash_attn_interface import _flash_attn_backward
 
 VARIABLE = "FLASH_ATTN_PLUS_BACKWARD_TILES"
 VARIANTS = {
-    64: "64,64,4,2,1,3 64,128,8,2,2,1 128,128,8,2,2,1 128,64,4,1,1,2",
-    96: "64,64,4,2,2,2 64,128,8,2,2,1",
-    128: "64,128,8,2,2,1 64,64,4,2,1,2 64,128,8,2,1,1",
-    192: "64,64,8,2,2,1 64,64,8,2,1,1",
-    256: "64,64,8,2,1,1 64,64,8,2,2,1",
+    64: ("64,64,4,2,1,3", "64,128,8,2,2,1", "128,128,8,2,2,1", "128,64,4,1,1,2"),
+    96: ("64,64,4,2,2,2", "64,128,8,2,2,1"),
+    128: ("64,128,8,2,2,1", "64,64,4,2,1,2", "64,128,8,2,1,1"),
+    192: ("64,64,8,2,2,1", "64,64,8,2,1,1"),
+    256: ("64,64,8,2,1,1", "64,64,8,2,2,1"),
 }
 
 
@@ -77,80 +77,56 @@ class Problem:
         return torch.autograd.grad(out, tensors, self.dout.transpose(1, 2).double())
 
 
-def largest_error(head_dim, dtype, deterministic):
-    """The largest error of a gradient in units of the peer's."""
-    worst = 0.0
+def check(item):
+    tiles, head_dim, dtype, deterministic = item
+    os.environ[VARIABLE] = tiles
+    worst = 0.0  # largest error of a gradient, in units of the peer's
     for causal in (False, True):
         torch.manual_seed(0)
-        problem = Problem(2, 3, 333, head_dim, causal, dtype)
+        problem = Problem(2, 3, 333, head_dim, causal, getattr(torch, dtype))
         exact, peer = problem.float64(), problem.flash()
         for x in problem.gradients:
             x.fill_(math.nan)
         for a, b, c in zip(problem.ours(deterministic), peer, exact, strict=True):
             error = (a.transpose(1, 2) - c).abs().max() / (b - c).abs().max()
             worst = max(worst, math.inf if error.isnan() else error.item())
-    return worst
-
-
-def seconds(function, calls):
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    for _ in range(calls):
-        function()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / 1e3 / calls
-
-
-def select(tiles):
-    os.environ[VARIABLE] = "" if tiles == "chosen" else tiles
+    return None if worst <= 3 else f"{worst:.1f} times the peer's error"
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--head-dim", type=int, nargs="+", default=[64, 128, 256])
     parser.add_argument("--seqlen", type=int, nargs="+", default=[1024, 4096])
     parser.add_argument("--tiles", nargs="+", help="instead of the built-in list")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--sample", type=float, default=0.01, help="seconds of one measurement")
+    parser.add_argument("--sample-seconds", type=float, default=0.01)
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16"))
     parser.add_argument("--deterministic", action="store_true")
     args = parser.parse_args()
-    dtype = getattr(torch, args.dtype)
-    cells = [(seqlen, causal) for seqlen in args.seqlen for causal in (False, True)]
-    print(torch.cuda.get_device_name(), args.dtype, "TFLOP/s, in brackets times torch's flash")
+    os.environ[VARIABLE] = ""
+    gpu_timing.setup()
+    kind = (args.dtype, args.deterministic)
+    work = [
+        (tiles, head_dim, *kind)
+        for head_dim in args.head_dim
+        for tiles in args.tiles or ["", *VARIANTS[head_dim]]
+    ]
+    usable = gpu_timing.usable(check, work)
     for head_dim in args.head_dim:
-        variants = []
-        for tiles in args.tiles or ["chosen", *VARIANTS[head_dim].split()]:
-            select(tiles)
-            try:
-                error = largest_error(head_dim, dtype, args.deterministic)
-            except RuntimeError as failure:
-                print(f"d={head_dim} {tiles}: {str(failure).splitlines()[0]}")
-                continue
-            if error > 3:
-                print(f"d={head_dim} {tiles}: WRONG, {error:.1f} times the peer's error")
-                continue
-            variants.append(tiles)
-        rows = {tiles: [] for tiles in variants}
-        for seqlen, causal in cells:
-            problem = Problem(16384 // seqlen, 2048 // head_dim, seqlen, head_dim, causal, dtype)
-            seconds(problem.flash, 2)
-            calls = max(1, round(args.sample / seconds(problem.flash, 1)))
-            samples = {tiles: [] for tiles in variants}
-            for _ in range(args.rounds):
-                peer = seconds(problem.flash, calls)
-                for tiles in variants:
-                    select(tiles)
-                    own = seconds(functools.partial(problem.ours, args.deterministic), calls)
-                    samples[tiles].append((problem.flops / own / 1e12, peer / own))
-            for tiles in variants:
-                speed, ratio = (statistics.median(x) for x in zip(*samples[tiles], strict=True))
-                rows[tiles].append(f"{speed:5.0f} ({ratio:.2f})")
-        names = " ".join(f"{s}{'c' if c else ' ':<6}" for s, c in cells)
-        print(f"d={head_dim:<24} {names}")
-        for tiles, row in rows.items():
-            print(f"{tiles:<26} " + " ".join(row), flush=True)
+        variants = [item[0] for item in work if item[1] == head_dim and item in usable]
+        for seqlen in args.seqlen:
+            for causal in (False, True):
+                shape = (16384 // seqlen, 2048 // head_dim, seqlen, head_dim)
+                problem = Problem(*shape, causal, getattr(torch, args.dtype))
+                ours = functools.partial(problem.ours, args.deterministic)
+                sides = {"flash": problem.flash}
+                sides |= {x: gpu_timing.variant(VARIABLE, x, ours) for x in variants}
+                samples, failures = gpu_timing.alternate(sides, args.rounds, args.sample_seconds)
+                case = f"d={head_dim} s={seqlen}{' causal' if causal else ''}"
+                flops = problem.flops / 1e12
+                gpu_timing.print_variants(case, "TFLOP/s", flops, samples, failures, ["flash"])
 
 
 if __name__ == "__main__":

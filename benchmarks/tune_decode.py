@@ -1,4 +1,6 @@
-"""Times shapes of the sm80 decode kernel beside torch's flash and cuDNN backends, in alternation.
+"""Which tiles of the CUDA decode kernel are fastest on this GPU?
+
+Each variant is timed in alternation with torch's flash and cuDNN backends.
 
   python benchmarks/tune_decode.py --cases 0 2 --variants 0,0,0,0,0 4,16,3,2,0 4,16,5,1,16
 
@@ -9,10 +11,19 @@ to the faster peer.
 """
 
 import argparse
-import concurrent.futures
-import multiprocessing
 import os
-import statistics
+import pathlib
+import sys
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import sdpa_kernel
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+
+import gpu_timing
+
+from flash_attn import flash_attn_with_kvcache
 
 VARIABLE = "FLASH_ATTN_PLUS_DECODE_TILES"
 CASES = (  # batch, heads, key heads, head dimension, keys
@@ -32,29 +43,18 @@ VARIANTS = (
 SPLITS = {0: (8, 16, 24, 48, 64), 1: (16, 32, 48, 64), 2: (1, 2, 4), 3: (1, 2), 4: (4, 8, 16)}
 
 
-def inputs(case, keys=None):
-    import torch
-
-    batch, heads, heads_k, head_dim, length = case
-    shape = (batch, keys or length, heads_k, head_dim)
+def inputs(case):
+    batch, heads, heads_k, head_dim, keys = case
+    shape = (batch, keys, heads_k, head_dim)
     q = torch.randn(batch, 1, heads, head_dim, device="cuda", dtype=torch.bfloat16)
-    return q, *torch.randn(2, *shape, device="cuda", dtype=torch.bfloat16).unbind()
+    return q, *torch.randn(2, *shape, device="cuda", dtype=torch.bfloat16)
 
 
-def warm(item):
-    """Compiles a variant and checks it; returns why it cannot be used, if so."""
-    import torch
-
-    from flash_attn import flash_attn_with_kvcache
-
+def check(item):
     os.environ[VARIABLE], head_dim = item
     torch.manual_seed(0)
     q, k, v = inputs((2, 8, 2, head_dim, 3001))
-    try:
-        out = flash_attn_with_kvcache(q, k, v).double()
-        torch.cuda.synchronize()
-    except RuntimeError as error:
-        return str(error)[:200]
+    out = flash_attn_with_kvcache(q, k, v).double()
     q, k, v = (x.double().transpose(1, 2) for x in (q, k, v))
     k, v = k.repeat_interleave(4, 1), v.repeat_interleave(4, 1)
     expected = torch.softmax(q @ k.mT * head_dim**-0.5, -1) @ v
@@ -63,18 +63,10 @@ def warm(item):
 
 
 def compare(case, variants, rounds, seconds, page_size):
-    import torch
-    import torch.nn.functional as F
-    from gpu_timing import PEERS, alternate, graphed
-    from torch.nn.attention import sdpa_kernel
-
-    from flash_attn import flash_attn_with_kvcache
-
     batch, heads, heads_k, head_dim, keys = case
     num_bytes = 4 * batch * keys * heads_k * head_dim
     made = [inputs(case) for _ in range(max(1, -(-(400 << 20) // num_bytes)))]
     transposed = [[x.transpose(1, 2).contiguous() for x in each] for each in made]
-    gigabytes = len(made) * num_bytes / 1e9
 
     def peer(backend):
         def call():
@@ -93,33 +85,29 @@ def compare(case, variants, rounds, seconds, page_size):
             k, v = (x.view(-1, page_size, heads_k, head_dim) for x in (k, v))
             flash_attn_with_kvcache(q, k, v, block_table=table, cache_seqlens=lengths)
 
-    sides = {name: peer(backend) for name, backend in PEERS.items()}
-    for variant in variants:
-        sides[variant] = ours
+    sides = {name: peer(backend) for name, backend in gpu_timing.PEERS.items()}
+    sides |= {x: gpu_timing.variant(VARIABLE, x, ours) for x in variants}
     if page_size:
         pages = batch * keys // page_size
         table = torch.randperm(pages, device="cuda").view(batch, -1).to(torch.int32)
         lengths = torch.full((batch,), keys, dtype=torch.int32, device="cuda")
-        sides |= {f"{variant} paged": paged for variant in variants}
+        sides |= {f"{x} paged": gpu_timing.variant(VARIABLE, x, paged) for x in variants}
     replays, failures = {}, {}
     for name, side in sides.items():
-        os.environ[VARIABLE] = name.removesuffix(" paged") if "," in name else ""
         try:
-            replays[name], _ = graphed(side, 1)
+            replays[name], _ = gpu_timing.graphed(side, 1)
         except RuntimeError as error:
-            failures[name] = str(error)[:80]
-    samples, more = alternate(replays, rounds, seconds)
-    best = [min(row) for row in zip(*(samples[n] for n in PEERS if n in samples), strict=True)]
-    for name, times in samples.items():
-        rate = gigabytes / statistics.median(times)
-        ratio = statistics.median(b / a for a, b in zip(times, best, strict=True)) if best else 0
-        print(f"{case!s:28} {name:22} {rate:5.0f} GB/s  x best peer {ratio:.3f}", flush=True)
-    for name, reason in (failures | more).items():
-        print(f"{case!s:28} {name:22} failed: {reason}")
+            failures[name] = str(error).partition("\n")[0]
+    samples, more = gpu_timing.alternate(replays, rounds, seconds)
+    gpu_timing.print_variants(
+        *(case, "GB/s", len(made) * num_bytes / 1e9, samples, failures | more, gpu_timing.PEERS)
+    )
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--cases", type=int, nargs="+", default=range(6), help="numbers of CASES")
     parser.add_argument("--variants", nargs="+", default=VARIANTS)
     parser.add_argument("--splits", action="store_true", help="other numbers of splits as well")
@@ -128,22 +116,19 @@ def main():
     parser.add_argument("--sample-seconds", type=float, default=0.005)
     args = parser.parse_args()
     os.environ[VARIABLE] = ""
+    gpu_timing.setup()
     work = {}
     for number in args.cases:
         splits = SPLITS.get(number, ()) if args.splits else ()
         work[number] = [*args.variants, *(f"0,0,0,0,{n}" for n in splits)]
-    items = sorted({(v, CASES[n][3]) for n, variants in work.items() for v in variants})
-    spawn = multiprocessing.get_context("spawn")
-    workers = min(os.cpu_count(), 8)
-    with concurrent.futures.ProcessPoolExecutor(workers, mp_context=spawn) as pool:
-        reasons = dict(zip(items, pool.map(warm, items), strict=True))
-    for item, reason in reasons.items():
-        if reason:
-            print(*item, "cannot be used:", reason)
+    usable = gpu_timing.usable(
+        check, [(x, CASES[number][3]) for number, variants in work.items() for x in variants]
+    )
     for number, variants in work.items():
         case = CASES[number]
-        usable = [variant for variant in variants if not reasons[variant, case[3]]]
-        compare(case, usable, args.rounds, args.sample_seconds, args.page_size)
+        right = [x for x in variants if (x, case[3]) in usable]
+        with torch.no_grad():
+            compare(case, right, args.rounds, args.sample_seconds, args.page_size)
 
 
 if __name__ == "__main__":
