@@ -18,15 +18,64 @@ using Fragments = float[kM][kN][4];
 // Which of a thread's 2 kM rows entry i of fragment m belongs to.
 FAP_DEVICE constexpr int row_slot(int m, int i) { return 2 * m + i / 2; }
 
-// tanh with a relative error of 5e-7, where the instruction's is 5e-4: in a capped score that would
+// tanh with a relative error of 6e-7, where the instruction's is 5e-4: in a capped score that would
 // be more than the rounding of its exponential to 16 bits. By its exponential, and where that
-// cancels, near 0, by its series.
+// cancels, near 0, by a polynomial.
+//
+// The argument is four times x, so that bit 30 says whether |x| is 1/2 or more (or a NaN).
+FAP_DEVICE float tanh_near(float x4) {
+  const float square = x4 * x4;
+  float y = fmaf(square, -2.7100953e-06f, 1.2881149e-04f);
+  y = fmaf(square, y, -5.2072373e-03f);
+  return x4 * fmaf(square, y, 2.4999987e-01f);
+}
+FAP_DEVICE float tanh_far(float x4) {
+  return 1.0f - 2.0f * reciprocal_approx(exp2_approx(x4 * (0.5f * kLog2E)) + 1.0f);
+}
+FAP_DEVICE uint32_t is_far(float x4) { return __float_as_uint(x4) & 0x40000000u; }
 FAP_DEVICE float tanh_of(float x) {
-  const float square = x * x;
-  const float series =
-      fmaf(x * square, fmaf(square, fmaf(square, -17.0f / 315.0f, 2.0f / 15.0f), -1.0f / 3.0f), x);
-  const float far = 1.0f - 2.0f * reciprocal_approx(exp2_approx(x * (2.0f * kLog2E)) + 1.0f);
-  return square < 0.0625f ? series : far;
+  return is_far(4.0f * x) ? tanh_far(4.0f * x) : tanh_near(4.0f * x);
+}
+
+// tanh(s * scale) of a block. Scores are small beside their cap almost always, and then the
+// polynomial alone, which needs none of the exponential's slow units, serves the warp.
+template <int kM, int kN>
+FAP_DEVICE void tanh_scores(Fragments<kM, kN>& s, float scale) {
+  uint32_t far = 0;
+#pragma unroll
+  for (int m = 0; m < kM; ++m) {
+#pragma unroll
+    for (int n = 0; n < kN; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        s[m][n][i] *= 4.0f * scale;
+        far |= __float_as_uint(s[m][n][i]);
+      }
+    }
+  }
+  const bool any_far = __any_sync(0xFFFFFFFFu, (far & 0x40000000u) != 0);
+  if (any_far) {
+#pragma unroll
+    for (int m = 0; m < kM; ++m) {
+#pragma unroll
+      for (int n = 0; n < kN; ++n) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const float x4 = s[m][n][i];
+          s[m][n][i] = is_far(x4) ? tanh_far(x4) : tanh_near(x4);
+        }
+      }
+    }
+  } else {
+#pragma unroll
+    for (int m = 0; m < kM; ++m) {
+#pragma unroll
+      for (int n = 0; n < kN; ++n) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) s[m][n][i] = tanh_near(s[m][n][i]);
+      }
+    }
+  }
 }
 
 // Scores in units of log2: scale, then softcap, then ALiBi.
@@ -57,20 +106,38 @@ struct ScoreTransform {
   }
 };
 
-// Applies it to a block; `row_position` is i + off of the thread's first row, `column` the block's
-// first.
-template <bool kSoftcap, bool kAlibi, int kM, int kN>
-FAP_DEVICE void transform_scores(Fragments<kM, kN>& s, const ScoreTransform& transform,
-                                 int row_position, int column) {
-  const float first = static_cast<float>(row_position - column - lane_id() % 4 * 2);
+template <int kM, int kN>
+FAP_DEVICE void scale_scores(Fragments<kM, kN>& s, float factor) {
+#pragma unroll
+  for (int m = 0; m < kM; ++m) {
+#pragma unroll
+    for (int n = 0; n < kN; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) s[m][n][i] *= factor;
+    }
+  }
+}
+
+// i + off - j of a thread's entries: that of its first, given the block's first column and i + off
+// of the thread's first row, and what the others' differ from it by.
+FAP_DEVICE float first_distance(int row_position, int column) {
+  return static_cast<float>(row_position - column - lane_id() % 4 * 2);
+}
+FAP_DEVICE constexpr float distance_from_first(int m, int n, int i) {
+  return static_cast<float>(16 * m + i / 2 * 8 - 8 * n - i % 2);
+}
+
+// s = s - slope * |i + off - j|; `first` is first_distance(). A thread's entries have few
+// distances, and the compiler finds them.
+template <int kM, int kN>
+FAP_DEVICE void bias_scores(Fragments<kM, kN>& s, float slope, float first) {
 #pragma unroll
   for (int m = 0; m < kM; ++m) {
 #pragma unroll
     for (int n = 0; n < kN; ++n) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const float distance = first + static_cast<float>(16 * m + i / 2 * 8 - 8 * n - i % 2);
-        s[m][n][i] = transform.operator()<kSoftcap, kAlibi>(s[m][n][i], distance);
+        s[m][n][i] += -slope * fabsf(first + distance_from_first(m, n, i));
       }
     }
   }
@@ -89,6 +156,19 @@ struct KeyBounds {
         left(mask.window_left < 0 ? 1 << 30 : static_cast<int>(mask.window_left)),
         right(mask.window_right < 0 ? 1 << 30 : static_cast<int>(mask.window_right)) {}
 };
+
+// Whether one of kRows rows from `row` on may see one of `columns` keys from `column` on.
+template <Masking kMasking, int kRows>
+FAP_DEVICE bool sees_keys(const KeyBounds& bounds, int row, int column, int columns) {
+  bool sees = column < bounds.seqlen_k;
+  if constexpr (kMasking != Masking::kNone) {
+    sees = sees && column <= row + kRows - 1 + bounds.offset + bounds.right;
+  }
+  if constexpr (kMasking == Masking::kWindow) {
+    sees = sees && column + columns > row + bounds.offset - bounds.left;
+  }
+  return sees;
+}
 
 // Hides the keys that a row does not see: those from seqlen_k on, and those outside the window.
 // `row` is the thread's first row and `column` the block's first.
@@ -116,11 +196,15 @@ FAP_DEVICE void mask_scores(Fragments<kM, kN>& s, const KeyBounds& bounds, int r
 }
 
 // Zeroes the entries that dropout drops. `row` is the first of the warp's rows and `column` of the
-// block's, inside the sequence, multiples of 16 and 32.
+// block's, inside the sequence, multiples of 16 and 32. A threshold of 0 is for the caller to see
+// to.
 template <int kM, int kN>
 FAP_DEVICE void drop_scores(Fragments<kM, kN>& p, const Dropout& dropout, uint32_t batch,
                             uint32_t head, int row, int column) {
   static_assert(kN % 4 == 0);
+  // Numbers are compared in the upper half of a word, whatever is in the lower: with the last word
+  // that is kept, because the first that is not may be 2^32.
+  const uint32_t last = (dropout.threshold << 16) - 1;
   const int lane = lane_id();
 #pragma unroll
   for (int m = 0; m < kM; ++m) {
@@ -134,8 +218,8 @@ FAP_DEVICE void drop_scores(Fragments<kM, kN>& p, const Dropout& dropout, uint32
                    dropout.key);
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          if ((block.word[i] & 0xFFFFu) >= dropout.threshold) p[m][n + i][side] = 0.0f;
-          if ((block.word[i] >> 16) >= dropout.threshold) p[m][n + i][2 + side] = 0.0f;
+          if (block.word[i] << 16 > last) p[m][n + i][side] = 0.0f;
+          if (block.word[i] > last) p[m][n + i][2 + side] = 0.0f;
         }
       }
     }

@@ -168,8 +168,7 @@ std::optional<DecodePlan> plan_decode(const ForwardParams& params, const DeviceP
   plan.combine_spec.head_dim = spec.head_dim;
   plan.combine_spec.access = spec.access;
   if (num_splits > 1) {
-    // Not early: that has not run on a GPU yet.
-    plan.combine_shape = {plan.args.num_rows, plan.combine_spec.threads(), 0};
+    plan.combine_shape = {plan.args.num_rows, plan.combine_spec.threads(), 0, device.arch >= 90};
     const size_t parts = static_cast<size_t>(plan.args.num_rows) * static_cast<size_t>(num_splits);
     plan.workspace_bytes =
         padded(parts * static_cast<size_t>(spec.head_dim) * 4) + padded(parts * sizeof(PartialRow));

@@ -30,10 +30,11 @@ Kind kind_of(const ForwardParams& params) {
   kind.access = common_access(params.head_dim, {&params.q, &params.k, &params.v, &params.out});
   kind.paged = params.block_table != nullptr;
   kind.masking = masking_of(params);
+  // Where the largest product is not the largest score, the kernel for everything serves.
+  const bool everything = !(params.softmax_scale > 0);
   kind.softcap = params.softcap > 0;
-  // Where the largest product need not be the largest score, scores are computed one by one.
-  kind.alibi = params.alibi_slopes != nullptr || !(params.softmax_scale > 0);
-  kind.dropout = params.dropout_p > 0;
+  kind.alibi = params.alibi_slopes != nullptr || everything;
+  kind.dropout = params.dropout_p > 0 || everything;
   return kind;
 }
 

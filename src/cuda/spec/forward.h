@@ -21,16 +21,17 @@ struct ForwardSpec {
   bool paged = false;
   Masking masking = Masking::kNone;
   bool softcap = false;
-  bool alibi = false;    // also serves scales that are 0 or negative, without slopes
+  bool alibi = false;    // also serves calls without
   bool dropout = false;  // also serves calls without
 
   FAP_SHARED constexpr int threads() const { return num_warps * 32; }
   FAP_SHARED constexpr int shared_bytes() const {
     return (tile_m + 2 * stages * tile_n) * padded_row_bytes(head_dim);
   }
-  // Scores are brought to their final value, in units of log2, before the softmax; otherwise the
-  // scale is a factor in its exponent.
-  FAP_SHARED constexpr bool transformed() const { return softcap || alibi; }
+  // Several features: scores are brought to their final value, in units of log2, before the softmax,
+  // which serves scales that are 0 or negative too. Otherwise a positive factor is left for its
+  // exponent.
+  FAP_SHARED constexpr bool transformed() const { return alibi && (softcap || dropout); }
   // A few words of the kernels that do everything at once leave the registers; none of the others'.
   constexpr int max_spill_bytes() const { return access == Access::kWhole && !dropout ? 0 : 192; }
   constexpr int max_stack_bytes() const { return max_spill_bytes(); }

@@ -31,6 +31,7 @@ FAP_DEVICE void exponentiate_scores(Fragments<kM, kN>& s, Fragments<kM, kN>& dp,
                                     uint32_t head, int row, int column, int lane) {
   constexpr int kGroup = kN % 4 == 0 ? 4 : 2;  // fragments that a block of Philox serves
   static_assert(kN % kGroup == 0);
+  if constexpr (kSoftcap) tanh_scores(s, transform.scale);
 #pragma unroll
   for (int m = 0; m < kM; ++m) {
     float lse[2], softmax_d[2];
@@ -41,40 +42,40 @@ FAP_DEVICE void exponentiate_scores(Fragments<kM, kN>& s, Fragments<kM, kN>& dp,
       float first = static_cast<float>(row + 16 * m + lane / 4 + offset - column - lane % 4 * 2);
       // The distances of all entries at once would fill the registers.
       if constexpr (kAlibi) asm volatile("" : "+f"(first));
-      PhiloxBlock numbers[2];
-      if constexpr (kDropout) {
 #pragma unroll
-        for (int side = 0; side < 2; ++side) {
-          numbers[side] = philox(
+      for (int side = 0; side < 2; ++side) {  // of the two columns that a thread has in a fragment
+        PhiloxBlock numbers;
+        if constexpr (kDropout) {
+          numbers = philox(
               {{dropout_row_counter(row + 16 * m + lane / 4),
                 dropout_column_counter(column + 8 * group + lane % 4 * 2 + side), head, batch}},
               dropout.key);
         }
-      }
 #pragma unroll
-      for (int n = group; n < group + kGroup; ++n) {
+        for (int n = group; n < group + kGroup; ++n) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const float distance = first + static_cast<float>(i / 2 * 8 - 8 * n - i % 2);
-          float shift = -lse[i / 2];
-          if constexpr (kAlibi) shift = fmaf(-transform.slope, fabsf(distance), shift);
-          float t = s[m][n][i];
-          if constexpr (kSoftcap) t = tanh_of(t * transform.scale);
-          float p = exp2_approx(fmaf(t, kSoftcap ? transform.softcap : transform.scale, shift));
-          bool kept = true;
-          if constexpr (kDropout) {
-            // With 16 columns to a warp only one half of a block's columns is there.
-            const PhiloxBlock& block = numbers[i % 2];
-            const uint32_t word = kGroup == 4 || (column & 16) == 0 ? block.word[n - group]
-                                                                    : block.word[2 + n - group];
-            kept = (i < 2 ? word & 0xFFFFu : word >> 16) < dropout.threshold;
+          for (int half = 0; half < 2; ++half) {
+            const int i = 2 * half + side;
+            const float distance = first + static_cast<float>(half * 8 - 8 * n - side);
+            float shift = -lse[half];
+            if constexpr (kAlibi) shift = fmaf(-transform.slope, fabsf(distance), shift);
+            const float t = s[m][n][i];
+            const float p =
+                exp2_approx(fmaf(t, kSoftcap ? transform.softcap : transform.scale, shift));
+            bool kept = true;
+            if constexpr (kDropout) {
+              // With 16 columns to a warp only one half of a block's columns is there.
+              const uint32_t word = kGroup == 4 || (column & 16) == 0 ? numbers.word[n - group]
+                                                                      : numbers.word[2 + n - group];
+              kept = (half == 0 ? word & 0xFFFFu : word >> 16) < dropout.threshold;
+            }
+            if constexpr (kSoftcap) {
+              const float difference = fmaf(kept ? dp[m][n][i] : 0.0f,
+                                            kDropout ? dropout.scale : 1.0f, -softmax_d[half]);
+              dp[m][n][i] = p * difference * fmaf(-t, t, 1.0f);
+            }
+            s[m][n][i] = kept ? p : -p;
           }
-          if constexpr (kSoftcap) {
-            const float difference =
-                fmaf(kept ? dp[m][n][i] : 0.0f, kDropout ? dropout.scale : 1.0f, -softmax_d[i / 2]);
-            dp[m][n][i] = p * difference * fmaf(-t, t, 1.0f);
-          }
-          s[m][n][i] = kept ? p : -p;
         }
       }
     }

@@ -287,7 +287,11 @@ extern "C" __global__ void __launch_bounds__(spec.threads(), spec.min_blocks)
   const int thread_row = warp_row + lane_id() / 4;
 
   const ScoreTransform transform(params, spec.softcap, batch, head);
-  const float multiplier = spec.transformed() ? 1.0f : params.softmax_scale * kLog2E;
+  // What is left for the exponent: with slopes alone they are divided by the scale beforehand.
+  const float multiplier = spec.transformed() ? 1.0f
+                           : spec.softcap     ? transform.softcap
+                                              : transform.scale;
+  const float slope = spec.transformed() ? transform.slope : transform.slope / transform.scale;
   Dropout dropout;
   if constexpr (spec.dropout) dropout = make_dropout(params);
 
@@ -305,8 +309,12 @@ extern "C" __global__ void __launch_bounds__(spec.threads(), spec.min_blocks)
   // From products to weights.
   const auto weigh = [&](Scores& s, int step, auto masked) {
     const int column = step * spec.tile_n;
+    if constexpr (spec.softcap) tanh_scores(s, transform.scale);
     if constexpr (spec.transformed()) {
-      transform_scores<spec.softcap, spec.alibi>(s, transform, thread_row + bounds.offset, column);
+      scale_scores(s, spec.softcap ? transform.softcap : transform.scale);
+    }
+    if constexpr (spec.alibi) {
+      bias_scores(s, slope, first_distance(thread_row + bounds.offset, column));
     }
     if constexpr (masked) mask_scores<spec.masking>(s, bounds, thread_row, column);
     softmax.update(s, out, multiplier);
@@ -332,15 +340,22 @@ extern "C" __global__ void __launch_bounds__(spec.threads(), spec.min_blocks)
       load_values(step - 1, AllRows{});
     }
     if (is_first) products.load_q();
+    // A masked step may concern other warps alone.
+    int first_row_of_warp = warp_row;
+    asm volatile("" : "+r"(first_row_of_warp));  // or its bounds would wait in registers
+    const bool seen = !masked || sees_keys<spec.masking, kRowsPerWarp>(
+                                     bounds, first_row_of_warp, step * spec.tile_n, spec.tile_n);
     Scores s;
-    products.multiply_keys(s, key_tile(step));
+    if (seen) products.multiply_keys(s, key_tile(step));
     if constexpr (spec.stages == 1) {
       copy_async_wait<0>();  // values of this step
       __syncthreads();
       load_keys(step - 1, AllRows{});
     }
-    weigh(s, step, masked);
-    products.multiply_values(out, s, value_tile(step));
+    if (seen) {
+      weigh(s, step, masked);
+      products.multiply_values(out, s, value_tile(step));
+    }
   };
   int step = steps.last;
 #pragma unroll 1
@@ -353,7 +368,8 @@ extern "C" __global__ void __launch_bounds__(spec.threads(), spec.min_blocks)
   }
   copy_async_wait<0>();
 
-  finish(args, softmax, out, dropout.scale, q_tile);
+  // Nothing is kept below 1, which drop_scores() leaves to the scale.
+  finish(args, softmax, out, dropout.threshold == 0 ? 0.0f : dropout.scale, q_tile);
 }
 
 }  // namespace flash_attn_plus::cuda
