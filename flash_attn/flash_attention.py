@@ -121,7 +121,7 @@ class FlashMHA(nn.Module):
         Returns:
             As x, and None, the place of the weights.
         """
-        qkv = self.Wqkv(x).unflatten(-1, (3, self.num_heads, self.head_dim))
+        qkv = torch.unflatten(self.Wqkv(x), -1, (3, self.num_heads, self.head_dim))
         context, weights = self.inner_attn(
             qkv, key_padding_mask=key_padding_mask, causal=self.causal, need_weights=need_weights
         )

@@ -266,17 +266,19 @@ class MHA(nn.Module):
         elif self.dwconv:
             q, kv = qkv.tensor_split((self.embed_dim,), dim=-1)
             qkv = torch.cat((_convolve(self.dwconv_q, q), _convolve(self.dwconv_kv, kv)), dim=-1)
-        qkv = qkv.unflatten(-1, (-1, self.head_dim))  # (..., h + 2 hk, d)
+        # The function and not the method, which Dynamo cannot trace where a default device is set.
+        qkv = torch.unflatten(qkv, -1, (-1, self.head_dim))  # (..., h + 2 hk, d)
 
         rotated_by_cache = self._rotates_in_cache(inference_params)
         if self.rotary_emb_dim > 0 and not rotated_by_cache:
             qkv = self._rotate(qkv, inference_params, **kwargs)
         q, kv = qkv[..., : self.num_heads, :], qkv[..., self.num_heads :, :]
-        kv = kv.unflatten(-2, (2, self.num_heads_kv))
+        kv = torch.unflatten(kv, -2, (2, self.num_heads_kv))
         if inference_params is not None:
             return self._attend_to_cache(q, kv, inference_params, rotated_by_cache, **kwargs)
         if not grouped:
-            return self._inner(self.inner_attn, qkv.unflatten(-2, (3, self.num_heads)), **kwargs)
+            qkv = torch.unflatten(qkv, -2, (3, self.num_heads))
+            return self._inner(self.inner_attn, qkv, **kwargs)
         if not self.use_flash_attn:
             # Not inner_cross_attn, which aligns a padding mask with the last query.
             kv = kv.repeat_interleave(self.num_heads // self.num_heads_kv, dim=-2)
@@ -294,8 +296,8 @@ class MHA(nn.Module):
             if unpad_mask is not None:
                 raise RuntimeError("key_padding_mask with use_flash_attn excludes dwconv")
             q, kv = _convolve(self.dwconv_q, q), _convolve(self.dwconv_kv, kv)
-        q = q.unflatten(-1, (self.num_heads, self.head_dim))
-        kv = kv.unflatten(-1, (2, self.num_heads_kv, self.head_dim))
+        q = torch.unflatten(q, -1, (self.num_heads, self.head_dim))
+        kv = torch.unflatten(kv, -1, (2, self.num_heads_kv, self.head_dim))
         if inference_params is not None:
             return self._attend_to_cache(q, kv, inference_params, False, **kwargs)
         if unpad_mask is None:
@@ -311,7 +313,7 @@ class MHA(nn.Module):
             max_seqlen_k=max_seqlen_k,
             **kwargs,
         )
-        return context.unflatten(0, (batch, seqlen))
+        return torch.unflatten(context, 0, (batch, seqlen))
 
     # ----------------------------------------------------------------------------------------------
     # Positions and the cache

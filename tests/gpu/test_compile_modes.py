@@ -21,8 +21,8 @@ class Block(torch.nn.Module):
         self.out = torch.nn.Linear(256, 256, dtype=BF16)
 
     def forward(self, x):
-        # Not unflatten, which Dynamo cannot trace where a default device is set.
-        q, k, v = self.qkv(x).view(*x.shape[:2], 3, 4, 64).unbind(2)
+        # The method unflatten is one that Dynamo cannot trace where a default device is set.
+        q, k, v = torch.unflatten(self.qkv(x), -1, (3, 4, 64)).unbind(2)
         return self.out(flash_attn.flash_attn_func(q, k, v, **self.options).flatten(-2))
 
 

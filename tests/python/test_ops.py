@@ -39,7 +39,22 @@ OPS = torch.ops.flash_attn
 # The ops
 
 
+OP_NAMES = (
+    "forward",
+    "forward-gradient",
+    "forward-dropout-sinks",
+    "varlen",
+    "varlen-gradient",
+    "backward",
+    "backward-dk-only",
+    "varlen-backward",
+    "gradients",
+    "cache",
+)
+
+
 def op_cases():
+    """(name, op, arguments), in the order of OP_NAMES."""
     q, k, v, s_aux = *qkv(), torch.randn(HEADS)
     rng_state = torch.tensor([7, 3])
     plain = (0.0, 0.25, True, -1, -1, 0.0, None)
@@ -103,13 +118,17 @@ def op_cases():
     )
 
 
-@pytest.mark.parametrize("name", [name for name, _, _ in op_cases()])
+def test_every_op_case_has_its_name():
+    assert tuple(name for name, _, _ in op_cases()) == OP_NAMES
+
+
+@pytest.mark.parametrize("name", OP_NAMES)
 def test_opcheck(name):
     op, arguments = next((op, arguments) for n, op, arguments in op_cases() if n == name)
     torch.library.opcheck(op.default, arguments)
 
 
-@pytest.mark.parametrize("name", [name for name, _, _ in op_cases()])
+@pytest.mark.parametrize("name", OP_NAMES)
 def test_op_on_meta_tensors(name):
     op, arguments = next((op, arguments) for n, op, arguments in op_cases() if n == name)
 

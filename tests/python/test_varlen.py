@@ -309,7 +309,7 @@ def paged(rows, page_size, lengths, generator):
     """Rows of sequences laid out in shuffled pages; NaN where no row lies."""
     counts = [-(-length // page_size) for length in lengths]
     pages = torch.full((sum(counts) + 3, page_size, *rows.shape[1:]), torch.nan, dtype=rows.dtype)
-    order = torch.randperm(len(pages), generator=generator)
+    order = torch.randperm(len(pages), generator=generator).tolist()
     table = torch.full((len(lengths), max(counts) + 1), 0, dtype=torch.int32)
     used = begin = 0
     for i, length in enumerate(lengths):
