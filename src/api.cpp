@@ -67,6 +67,17 @@ bool on_cpu(const Args& args) {
   return device_of(args).device_type == kDeviceCpu;
 }
 
+// Everything that can be wrong with a call that this build is to serve.
+template <typename Args>
+auto validated(const Args& args) {
+  if constexpr (requires { args.q; }) {
+    check_device({"q", args.q});
+  } else {
+    check_device({"x", args.x});
+  }
+  return validate(args);
+}
+
 int64_t size_of(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
 
 // ---- the operations on each device
@@ -136,7 +147,7 @@ template <typename Args>
 fap_status run(const Args* pointer) {
   return guarded([&] {
     const Args& args = deref(pointer);
-    const auto params = validate(args);
+    const auto params = validated(args);
     if (on_cpu(args)) {
       run_on_cpu(params);
       return FAP_OK;
@@ -159,8 +170,16 @@ template <typename Args>
 fap_status supports(const Args* pointer) {
   return guarded([&] {
     const Args& args = deref(pointer);
-    validate(args);
+    validated(args);
     if (!on_cpu(args)) cuda::device_properties(device_of(args).device_id);
+    return FAP_OK;
+  });
+}
+
+template <typename Args>
+fap_status check(const Args* pointer) {
+  return guarded([&] {
+    validate(deref(pointer));
     return FAP_OK;
   });
 }
@@ -169,7 +188,7 @@ template <typename Args>
 fap_status workspace(const Args* pointer, size_t* bytes) {
   return guarded([&] {
     const Args& args = deref(pointer);
-    const auto params = validate(args);
+    const auto params = validated(args);
     *bytes = on_cpu(args) ? 0 : cuda_workspace(params, device_of(args).device_id);
     return FAP_OK;
   });
@@ -248,6 +267,11 @@ fap_status fap_rotary(const fap_rotary_args* args) { return run(args); }
 
 fap_status fap_forward_supports(const fap_forward_args* args) { return supports(args); }
 fap_status fap_backward_supports(const fap_backward_args* args) { return supports(args); }
+
+fap_status fap_forward_check(const fap_forward_args* args) { return check(args); }
+fap_status fap_backward_check(const fap_backward_args* args) { return check(args); }
+fap_status fap_kvcache_check(const fap_kvcache_args* args) { return check(args); }
+fap_status fap_rotary_check(const fap_rotary_args* args) { return check(args); }
 
 size_t fap_workspace_needed(void) { return workspace_needed; }
 

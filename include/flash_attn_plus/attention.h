@@ -201,6 +201,13 @@ FAP_API fap_status fap_rotary(const fap_rotary_args* args);
 FAP_API fap_status fap_forward_supports(const fap_forward_args* args);
 FAP_API fap_status fap_backward_supports(const fap_backward_args* args);
 
+/* Whether a call is right, for tensors on a device of any type: for those who compute it
+ * themselves. */
+FAP_API fap_status fap_forward_check(const fap_forward_args* args);
+FAP_API fap_status fap_backward_check(const fap_backward_args* args);
+FAP_API fap_status fap_kvcache_check(const fap_kvcache_args* args);
+FAP_API fap_status fap_rotary_check(const fap_rotary_args* args);
+
 /* Bytes of workspace that this thread's last call needed which returned FAP_NEEDS_WORKSPACE. */
 FAP_API size_t fap_workspace_needed(void);
 

@@ -22,6 +22,7 @@ void check_heads(const char* direction, int64_t head_dim, int64_t num_heads, int
 }  // namespace
 
 void check_device(const TensorArg& q) {
+  q.require();
   const int type = q.device().device_type;
   if (type != kDeviceCpu && type != kDeviceCuda) {
     fail(q.name(),
@@ -64,7 +65,6 @@ void check_qkv(const char* direction, const Qkv& t, bool variable_q, bool variab
   t.q.require_rank(variable_q ? 3 : 4);
   t.k.require_rank(variable_k ? 3 : 4);
   t.v.require_rank(variable_k ? 3 : 4);
-  check_device(t.q);
   check_dtype(t.q);
   check_same_dtype(t.k, t.q, "query and key must have the same dtype");
   check_same_dtype(t.v, t.q, "query and value must have the same dtype");

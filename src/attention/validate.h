@@ -1,5 +1,6 @@
 // From the C ABI's tensors to parameters: everything that can be wrong with a call is found here,
-// once, before anything is computed. Throws Error or ConstraintError.
+// once, before anything is computed, but whether this build serves the device, which check_device()
+// says. Throws Error or ConstraintError.
 #pragma once
 
 #include "attention/params.h"

@@ -11,7 +11,6 @@ RotaryParams validate(const fap_rotary_args& args) {
   const TensorArg offsets("seqlen_offsets", args.seqlen_offsets);
   const TensorArg cu_seqlens("cu_seqlens", args.cu_seqlens);
   x.require_rank(cu_seqlens ? 3 : 4);
-  check_device(x);
   if (!x.is_float()) fail("x must have dtype fp32, fp16 or bf16, but has ", x.dtype_name());
   check_like(out, x, "out must have the same dtype as x");
   x.require_last_contiguous();

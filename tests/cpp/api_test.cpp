@@ -128,6 +128,27 @@ TEST_F(ApiTest, RefusesOtherDevices) {
   expect_refused("v must be on the same device as q");
 }
 
+// The checks alone are for backends of any device.
+TEST_F(ApiTest, ChecksCallsOfOtherDevices) {
+  EXPECT_EQ(fap_forward_check(&args_), FAP_OK) << fap_last_error();
+  std::vector<uint16_t> halves(kBatch * kSeqlenK * kHeads * kDim);
+  const fap_dtype half = {2, 16, 1};
+  const fap_device device = {14, 1};
+  const Tensor q(halves.data(), half, {kBatch, kSeqlenQ, kHeads, kDim}, {}, device);
+  const Tensor k(halves.data(), half, {kBatch, kSeqlenK, kHeadsK, kDim}, {}, device);
+  std::vector<uint16_t> out_data(halves.size());
+  const Tensor out(out_data.data(), half, {kBatch, kSeqlenQ, kHeads, kDim}, {}, device);
+  args_.q = q;
+  args_.k = args_.v = k;
+  args_.out = out;
+  args_.softmax_lse = nullptr;
+  EXPECT_EQ(fap_forward_check(&args_), FAP_OK) << fap_last_error();
+  expect_refused("q must be on the CPU or on an NVIDIA GPU");
+  args_.softcap = -1;
+  EXPECT_EQ(fap_forward_check(&args_), FAP_ERROR);
+  EXPECT_NE(std::string(fap_last_error()).find("softcap must be finite"), std::string::npos);
+}
+
 TEST_F(ApiTest, RefusesBrokenConstraintsWithTheirOwnStatus) {
   const Tensor k(k_data_.data(), kFloat32Type, {kBatch, kSeqlenK, 3, 4});
   args_.k = k;
