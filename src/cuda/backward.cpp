@@ -1,11 +1,8 @@
 // Backward on CUDA: prepare, the main kernel, convert, and the gradient of the sinks.
 #include "cuda/plan/backward.h"
 
-#include <cstdio>
-#include <cstdlib>
-
-#include "attention/error.h"
 #include "cuda/cuda.h"
+#include "cuda/plan/tuning.h"
 #include "cuda/runtime/device.h"
 #include "cuda/runtime/kernel.h"
 
@@ -13,14 +10,12 @@ namespace flash_attn_plus::cuda {
 namespace {
 
 // FLASH_ATTN_PLUS_BACKWARD_TILES="tile_m,tile_n,num_warps,q_stages,do_stages,min_blocks" overrides
-// the choice of tiles; benchmarks/tune_backward.py sets it.
+// the choice of tiles.
 const BackwardTiles* tiles_of_environment(BackwardTiles& tiles) {
-  const char* text = std::getenv("FLASH_ATTN_PLUS_BACKWARD_TILES");
-  if (text == nullptr || *text == '\0') return nullptr;
-  if (std::sscanf(text, "%d,%d,%d,%d,%d,%d", &tiles.tile_m, &tiles.tile_n, &tiles.num_warps,
-                  &tiles.q_stages, &tiles.do_stages, &tiles.min_blocks) != 6) {
-    fail("FLASH_ATTN_PLUS_BACKWARD_TILES must be six numbers, but is \"", text, "\"");
-  }
+  static const TuningVariable variable("FLASH_ATTN_PLUS_BACKWARD_TILES");
+  int given[6];
+  if (!variable.read(given)) return nullptr;
+  tiles = {given[0], given[1], given[2], given[3], given[4], given[5]};
   return &tiles;
 }
 

@@ -53,18 +53,6 @@ void set_options(const fap_cuda_explain_args& call, Views& views, Args& args) {
   if (call.s_aux) args.s_aux = views.make(kFloat32, {call.num_heads});
 }
 
-template <typename Args>
-void set_lengths_and_dropout(const fap_cuda_explain_args& call, Views& views, Args& args) {
-  if (call.variable_length) {
-    args.cu_seqlens_q = views.make(kInt32, {call.batch + 1});
-    args.cu_seqlens_k = views.make(kInt32, {call.batch + 1});
-    args.max_seqlen_q = call.seqlen_q;
-    args.max_seqlen_k = call.seqlen_k;
-  }
-  args.dropout_p = call.dropout_p;
-  if (call.dropout_p > 0) args.rng_state = views.make(kInt64, {2});
-}
-
 // The tensors of a call by their roles.
 class Tensors {
  public:
@@ -111,15 +99,29 @@ class Tensors {
   fap_dtype dtype_;
 };
 
-fap_forward_args forward_args(const fap_cuda_explain_args& call, Tensors& tensors) {
-  fap_forward_args args = {};
+// What forward and backward have in common.
+template <typename Args>
+Args attention_args(const fap_cuda_explain_args& call, Tensors& tensors) {
+  Args args = {};
   set_options(call, tensors.views, args);
-  set_lengths_and_dropout(call, tensors.views, args);
   args.q = tensors.like_q();
   args.k = tensors.like_k();
   args.v = tensors.like_k();
   args.out = tensors.like_q();
   args.softmax_lse = tensors.row_vector();
+  if (call.variable_length) {
+    args.cu_seqlens_q = tensors.views.make(kInt32, {call.batch + 1});
+    args.cu_seqlens_k = tensors.views.make(kInt32, {call.batch + 1});
+    args.max_seqlen_q = call.seqlen_q;
+    args.max_seqlen_k = call.seqlen_k;
+  }
+  args.dropout_p = call.dropout_p;
+  if (call.dropout_p > 0) args.rng_state = tensors.views.make(kInt64, {2});
+  return args;
+}
+
+fap_forward_args forward_args(const fap_cuda_explain_args& call, Tensors& tensors) {
+  auto args = attention_args<fap_forward_args>(call, tensors);
   args.block_table = tensors.block_table();
   if (args.block_table != nullptr) args.seqused_k = tensors.views.make(kInt32, {call.batch});
   args.num_splits = call.num_splits;
@@ -127,18 +129,11 @@ fap_forward_args forward_args(const fap_cuda_explain_args& call, Tensors& tensor
 }
 
 fap_backward_args backward_args(const fap_cuda_explain_args& call, Tensors& tensors) {
-  fap_backward_args args = {};
-  set_options(call, tensors.views, args);
-  set_lengths_and_dropout(call, tensors.views, args);
-  args.q = tensors.like_q();
-  args.k = tensors.like_k();
-  args.v = tensors.like_k();
-  args.out = tensors.like_q();
+  auto args = attention_args<fap_backward_args>(call, tensors);
   args.dout = tensors.like_q();
   args.dq = tensors.like_q();
   args.dk = tensors.like_k();
   args.dv = tensors.like_k();
-  args.softmax_lse = tensors.row_vector();
   args.softmax_d = tensors.row_vector();
   if (call.s_aux) args.ds_aux = tensors.views.make(kFloat32, {call.num_heads});
   args.deterministic = call.deterministic;

@@ -1,5 +1,9 @@
 """`python -m flash_attn compile` and `explain`: the CUDA kernels without a GPU."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 
 from flash_attn import __main__ as cli
@@ -79,3 +83,23 @@ def test_explain_gives_the_reason_of_a_refusal(capsys):
     assert status == 1 and "head dimension at most 256" in out
     status, out = run(capsys, "explain", "--arch", "sm_75")
     assert status == 1 and "must be one of sm_80" in out
+
+
+@pytest.mark.parametrize(
+    "variable, call",
+    [
+        ("FLASH_ATTN_PLUS_FORWARD_TILES", ["forward", "--seqlen-q", "512"]),
+        ("FLASH_ATTN_PLUS_BACKWARD_TILES", ["backward"]),
+        ("FLASH_ATTN_PLUS_DECODE_TILES", ["kvcache", "--seqlen-q", "1", "--seqlen-k", "9000"]),
+    ],
+)
+def test_tiles_of_the_environment_that_make_no_sense_are_refused(variable, call):
+    for value, refused in (("64,64", True), ("", False)):
+        done = subprocess.run(
+            [sys.executable, "-m", "flash_attn", "explain", *call],
+            env=os.environ | {variable: value},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == refused, done.stderr
+        assert (f"{variable} must be" in done.stdout + done.stderr) == refused

@@ -1,12 +1,11 @@
 #include "cuda/plan/decode.h"
 
 #include <algorithm>
-#include <cstdio>
-#include <cstdlib>
 #include <limits>
 
 #include "attention/split.h"
 #include "cuda/plan/kind.h"
+#include "cuda/plan/tuning.h"
 
 namespace flash_attn_plus::cuda {
 namespace {
@@ -114,18 +113,12 @@ int choose_splits(const ForwardParams& params, int64_t items, int64_t units) {
   return static_cast<int>(std::clamp<int64_t>(ceil_div(keys, kMostKeys), splits, kMaxSplits));
 }
 
-// For measurements (benchmarks/tune_decode.py):
 // FLASH_ATTN_PLUS_DECODE_TILES="streams,step_keys,stages,min_blocks,num_splits"; 0 leaves a number
-// as it is. Only a process that starts with the variable set looks at it again.
+// as it is.
 void override_choice(DecodeSpec& spec, int& num_splits) {
-  constexpr const char* kVariable = "FLASH_ATTN_PLUS_DECODE_TILES";
-  static const bool tuning = std::getenv(kVariable) != nullptr;
-  const char* text = tuning ? std::getenv(kVariable) : nullptr;
-  int given[5] = {};
-  if (text == nullptr || std::sscanf(text, "%d,%d,%d,%d,%d", &given[0], &given[1], &given[2],
-                                     &given[3], &given[4]) != 5) {
-    return;
-  }
+  static const TuningVariable variable("FLASH_ATTN_PLUS_DECODE_TILES");
+  int given[5];
+  if (!variable.read(given)) return;
   int* const fields[] = {&spec.streams, &spec.step_keys, &spec.stages, &spec.min_blocks,
                          &num_splits};
   for (int i = 0; i < 5; ++i) {

@@ -1,12 +1,11 @@
 #include "cuda/plan/forward.h"
 
 #include <algorithm>
-#include <cstdio>
-#include <cstdlib>
 #include <span>
 
 #include "attention/error.h"
 #include "cuda/plan/kind.h"
+#include "cuda/plan/tuning.h"
 
 namespace flash_attn_plus::cuda {
 namespace {
@@ -60,20 +59,12 @@ struct TileShape {
 };
 
 // FLASH_ATTN_PLUS_FORWARD_TILES="tile_m,tile_n,num_warps,stages,min_blocks,q_in_registers"
-// takes the place of the tables, for benchmarks/tune_forward.py. Only a process that starts with it
-// set looks at it again.
+// takes the place of the tables.
 bool overridden(TileShape* shape) {
-  constexpr const char* kVariable = "FLASH_ATTN_PLUS_FORWARD_TILES";
-  static const bool tuning = std::getenv(kVariable) != nullptr;
-  if (!tuning) return false;
-  const char* text = std::getenv(kVariable);
-  int q_in_registers = 0;
-  if (text == nullptr ||
-      std::sscanf(text, "%d,%d,%d,%d,%d,%d", &shape->tile_m, &shape->tile_n, &shape->num_warps,
-                  &shape->stages, &shape->min_blocks, &q_in_registers) != 6) {
-    return false;
-  }
-  shape->q_in_registers = q_in_registers != 0;
+  static const TuningVariable variable("FLASH_ATTN_PLUS_FORWARD_TILES");
+  int given[6];
+  if (!variable.read(given)) return false;
+  *shape = {given[0], given[1], given[2], given[3], given[4], given[5] != 0};
   return true;
 }
 

@@ -16,8 +16,7 @@ bool TuningVariable::read(std::span<int> numbers) const {
   if (variable == nullptr || *variable == '\0') return false;
   std::string_view text = variable;
   for (size_t i = 0; i < numbers.size(); ++i) {
-    const auto [end, error] =
-        std::from_chars(text.data(), text.data() + text.size(), numbers[i]);
+    const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), numbers[i]);
     text.remove_prefix(static_cast<size_t>(end - text.data()));
     const bool last = i + 1 == numbers.size();
     if (error != std::errc() || (last ? !text.empty() : !text.starts_with(','))) {
