@@ -6,6 +6,8 @@ two float32 a query row.
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -40,6 +42,34 @@ _MIN_SCALE = 2.0**-60
 _GAP_PROGRAMS = 16
 
 
+def _bytes(x: Tensor) -> int:
+    return x.numel() * x.element_size()
+
+
+def _is_describable(x: Tensor) -> bool:
+    """Whether a tensor descriptor can be made of a tensor (b, s, h, d)."""
+    return x.numel() > 0 and all(
+        stride % 8 == 0 and 0 < stride < 2**36
+        for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True)
+        if size > 1
+    )
+
+
+def _descriptor(x: Tensor, rows: int, columns: int) -> Any:
+    """Of tiles of rows of one head of a tensor (b, s, h, d), as (b, h, s, d)."""
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    batch, seqlen, num_heads, head_dim = x.shape
+    # The stride of a dimension of one element is any number, but descriptors take only some.
+    strides = [stride if size > 1 else 8 for size, stride in zip(x.shape, x.stride(), strict=True)]
+    return TensorDescriptor(
+        x,
+        [batch, num_heads, seqlen, head_dim],
+        [strides[0], strides[2], strides[1], 1],
+        [1, 1, rows, columns],
+    )
+
+
 def _row_strides(x: Tensor | None) -> tuple[int, int, int]:
     """Of batch, head and row of a (b, h, sq) or (h, tq) tensor."""
     if x is None:
@@ -47,8 +77,81 @@ def _row_strides(x: Tensor | None) -> tuple[int, int, int]:
     return x.stride() if x.dim() == 3 else (0, *x.stride())
 
 
-def _power_of_two(x: int) -> int:
-    return 1 << max(x - 1, 0).bit_length()
+class _Shapes(NamedTuple):
+    """The numbers of a call; lengths are those of the longest sequence."""
+
+    batch: int
+    num_heads: int
+    num_heads_k: int
+    head_dim: int
+    seqlen_q: int
+    seqlen_k: int
+    total_q: int
+    total_k: int
+    workspace_rows: int
+
+    @property
+    def group_size(self) -> int:
+        return self.num_heads // max(self.num_heads_k, 1)
+
+
+def _shapes(q: Tensor, k: Tensor, sequences: Sequences | None) -> _Shapes:
+    num_heads, head_dim = q.shape[-2:]
+    if sequences is None:
+        batch, seqlen_q, seqlen_k = q.shape[0], q.shape[1], k.shape[1]
+        total_q, total_k = batch * seqlen_q, batch * seqlen_k
+        blocks = batch * -(-seqlen_q // ROW_ALIGNMENT.value)
+    else:
+        batch = sequences.cu_seqlens_q.shape[0] - 1
+        seqlen_q, seqlen_k = sequences.max_seqlen_q, sequences.max_seqlen_k
+        total_q, total_k = q.shape[0], k.shape[0]
+        blocks = total_q // ROW_ALIGNMENT.value + batch + 1
+    check_lengths(seqlen_q, seqlen_k)
+    return _Shapes(
+        *(batch, num_heads, k.shape[-2], head_dim, seqlen_q, seqlen_k, total_q, total_k),
+        blocks * ROW_ALIGNMENT.value,
+    )
+
+
+def _prepare(shapes, tensors, sequences, dsoftmax_lse, lse_factor):
+    """Launches `prepare`, which writes softmax_d and zeros, and returns the workspace."""
+    dout, out, softmax_lse, softmax_d, dq, dk, dv = tensors
+    varlen = sequences is not None
+    workspace = torch.empty(
+        (shapes.num_heads, 2, shapes.workspace_rows), dtype=torch.float32, device=out.device
+    )
+    unit = operand_unit(out, dout)
+    width = 1 << (shapes.head_dim - 1).bit_length()
+    block = min(ROW_ALIGNMENT.value, max(8192 // width, 32))
+    num_tiles = -(-shapes.seqlen_q // ROW_ALIGNMENT.value) * (ROW_ALIGNMENT.value // block)
+    row_programs = shapes.batch * shapes.num_heads * num_tiles
+    gap_programs = _GAP_PROGRAMS if varlen else 0
+    launch(
+        prepare,
+        row_programs + gap_programs,
+        out.device,
+        (
+            *(out, dout, softmax_lse, out if dsoftmax_lse is None else dsoftmax_lse),
+            *(softmax_d, workspace, dq, dk, dv),
+            *((sequences.cu_seqlens_q, sequences.cu_seqlens_k) if varlen else (out, out)),
+            *(*strides(out, unit), *strides(dout, unit)),
+            *(*_row_strides(softmax_lse), *_row_strides(dsoftmax_lse)),
+            *(*_row_strides(softmax_d)[:2], shapes.workspace_rows),
+            *(*strides(dq)[1:], *strides(dk)[1:], *strides(dv)[1:]),
+            *(shapes.total_q, shapes.total_k, shapes.batch, shapes.num_heads, shapes.num_heads_k),
+            *(shapes.seqlen_q, num_tiles, row_programs, gap_programs, lse_factor),
+        ),
+        {
+            "IS_VARLEN": varlen,
+            "HAS_DLSE": dsoftmax_lse is not None,
+            "UNIT": unit,
+            "HEAD_DIM": shapes.head_dim,
+            "D_PADDED": width,
+            "BLOCK": block,
+        },
+        tiles.ROWS,
+    )
+    return workspace
 
 
 def backward(
@@ -62,90 +165,32 @@ def backward(
     dk: Tensor,
     dv: Tensor,
     options: Options,
-    sequences: Sequences | None = None,
-    dsoftmax_lse: Tensor | None = None,
-    ds_aux: Tensor | None = None,
+    sequences: Sequences | None,
+    dsoftmax_lse: Tensor | None,
+    ds_aux: Tensor | None,
+    softmax_d: Tensor | None = None,
 ) -> Tensor:
-    """Attention backward; see `Backend.backward`."""
-    device = q.device
-    num_heads, head_dim = q.shape[-2:]
-    num_heads_k = k.shape[-2]
-    group_size = num_heads // max(num_heads_k, 1)
-    if sequences is None:
-        batch, seqlen_q, seqlen_k = q.shape[0], q.shape[1], k.shape[1]
-        total_q, total_k = batch * seqlen_q, batch * seqlen_k
-        blocks = batch * -(-seqlen_q // ROW_ALIGNMENT.value)
-        softmax_d = torch.empty((batch, num_heads, seqlen_q), dtype=torch.float32, device=device)
-        cu_seqlens_q = cu_seqlens_k = seqused_k = None
-    else:
-        cu_seqlens_q, cu_seqlens_k, seqlen_q, seqlen_k, seqused_k = sequences[:5]
-        batch = cu_seqlens_q.shape[0] - 1
-        total_q, total_k = q.shape[0], k.shape[0]
-        blocks = total_q // ROW_ALIGNMENT.value + batch + 1
-        softmax_d = torch.empty((num_heads, total_q), dtype=torch.float32, device=device)
-    check_lengths(seqlen_q, seqlen_k)
-    rows = blocks * ROW_ALIGNMENT.value
-    workspace = torch.empty((num_heads, 2, rows), dtype=torch.float32, device=device)
-
-    scale, softcap = options.softmax_scale, options.softcap
+    """Attention backward; see `Backend.backward`. softmax_d is written and returned."""
+    shapes = _shapes(q, k, sequences)
+    if softmax_d is None:
+        softmax_d = torch.empty(softmax_lse.shape, dtype=torch.float32, device=q.device)
+    softcap, slopes, dropout_p = options.softcap, options.alibi_slopes, options.dropout_p
     if softcap > 0:
-        lse_factor, score_scale = LOG2E, scale / softcap
+        lse_factor, score_scale = LOG2E, options.softmax_scale / softcap
     else:
-        if abs(scale) < _MIN_SCALE:
-            scale = _MIN_SCALE
+        scale = options.softmax_scale if abs(options.softmax_scale) > _MIN_SCALE else _MIN_SCALE
         lse_factor, score_scale = 1.0 / scale, scale * LOG2E
-
-    def given(x: Tensor | None) -> Tensor:
-        return q if x is None else x
-
-    lse_strides, softmax_d_strides = _row_strides(softmax_lse), _row_strides(softmax_d)
-    unit = operand_unit(out, dout)
-    width = _power_of_two(head_dim)
-    block = min(ROW_ALIGNMENT.value, max(8192 // width, 32))
-    num_tiles = -(-seqlen_q // ROW_ALIGNMENT.value) * (ROW_ALIGNMENT.value // block)
-    row_programs = batch * num_heads * num_tiles
-    gap_programs = _GAP_PROGRAMS if sequences is not None else 0
-    launch(
-        prepare,
-        row_programs + gap_programs,
-        device,
-        (
-            *(out, dout, softmax_lse, given(dsoftmax_lse), softmax_d, workspace, dq, dk, dv),
-            *(given(cu_seqlens_q), given(cu_seqlens_k)),
-            *(*strides(out, unit), *strides(dout, unit)),
-            *(*lse_strides, *_row_strides(dsoftmax_lse), *softmax_d_strides[:2], rows),
-            *(*strides(dq)[1:], *strides(dk)[1:], *strides(dv)[1:]),
-            *(total_q, total_k, batch, num_heads, num_heads_k, seqlen_q),
-            *(num_tiles, row_programs, gap_programs, lse_factor),
-        ),
-        {
-            "IS_VARLEN": sequences is not None,
-            "HAS_DLSE": dsoftmax_lse is not None,
-            "UNIT": unit,
-            "HEAD_DIM": head_dim,
-            "D_PADDED": width,
-            "BLOCK": block,
-        },
-        tiles.Tile(block, 0, 4, 1),
+    workspace = _prepare(
+        shapes, (dout, out, softmax_lse, softmax_d, dq, dk, dv), sequences, dsoftmax_lse, lse_factor
     )
 
-    window_left, window_right = window(options, seqlen_q, seqlen_k)
-    threshold, dropout_scale = dropout_numbers(options.dropout_p)
-    slopes = options.alibi_slopes
+    window_left, window_right = window(options, shapes.seqlen_q, shapes.seqlen_k)
+    cu_seqlens_q, cu_seqlens_k, seqused_k = (None, None, None)
+    if sequences is not None:
+        cu_seqlens_q, cu_seqlens_k, _, _, seqused_k = sequences[:5]
     unit = operand_unit(q, k, v, dout, dq, dk, dv)
-    d0, d1 = pieces(head_dim)
-    tensors = (q, k, v, dout, workspace)
-    more_tensors = (
-        *(given(cu_seqlens_q), given(cu_seqlens_k), given(seqused_k)),
-        *(given(slopes), given(options.rng_state)),
-    )
-    operand_strides = sum((strides(x, unit) for x in (q, k, v, dout)), ())
-    numbers = (
-        *(rows, 0 if slopes is None or slopes.dim() == 1 else slopes.stride(0)),
-        *(0 if slopes is None else slopes.stride(-1), total_q, total_k),
-        *(num_heads_k, group_size, seqlen_q, seqlen_k, window_left, window_right),
-    )
-    scales = (score_scale, softcap * LOG2E, threshold, dropout_scale, options.softmax_scale)
+    d0, d1 = pieces(shapes.head_dim)
+    capability = runtime.current().capability(q.device)
     constants = {
         "IS_VARLEN": sequences is not None,
         "HAS_SEQUSED": seqused_k is not None,
@@ -153,54 +198,69 @@ def backward(
         "HAS_RIGHT": window_right >= 0,
         "HAS_SOFTCAP": softcap > 0,
         "HAS_ALIBI": slopes is not None,
-        "HAS_DROPOUT": options.dropout_p > 0,
+        "HAS_DROPOUT": dropout_p > 0,
+        "DESCRIPTORS": (
+            tiles.has_descriptors(capability)
+            and sequences is None
+            and d1 == 0
+            # Every row sees a key.
+            and (window_right < 0 or shapes.seqlen_k - shapes.seqlen_q + window_right >= 0)
+            and all(_is_describable(x) for x in (q, k, v, dout))
+        ),
         "UNIT": unit,
-        "HEAD_DIM": head_dim,
+        "HEAD_DIM": shapes.head_dim,
         "D0": d0,
         "D1": d1,
     }
-    capability = runtime.current().capability(device)
-    transformed = softcap > 0 or slopes is not None or options.dropout_p > 0
+    optional = (cu_seqlens_q, cu_seqlens_k, seqused_k, slopes, options.rng_state)
+    slopes_strides = (0, 0)
+    if slopes is not None:
+        slopes_strides = (slopes.stride(0) if slopes.dim() == 2 else 0, slopes.stride(-1))
 
-    def run(kernel, gradients, tile, length, block, pairs, bytes_of_pair):
-        num_tiles = -(-length // block)
-        at_once = max(1, min(pairs, _CACHE_BYTES // max(bytes_of_pair, 1)))
+    def run(kernel, gradients, passing, block, tile, num_tiles, pairs):
+        """Launches a kernel in num_tiles programs a pair; `passing`: two of its operands."""
+        operands = [q, k, v, dout]
+        if constants["DESCRIPTORS"]:
+            operands = [
+                _descriptor(x, block, d0) if any(x is y for y in passing) else x for x in operands
+            ]
         launch(
             kernel,
             num_tiles * pairs,
-            device,
+            q.device,
             (
-                *(*tensors, *gradients, *more_tensors, *operand_strides),
-                *sum((strides(x, unit) for x in gradients), ()),
-                *(*numbers, num_tiles, pairs, at_once, *scales),
+                *(*operands, workspace, *gradients, *(q if x is None else x for x in optional)),
+                *(y for x in (q, k, v, dout, *gradients) for y in strides(x, unit)),
+                *(shapes.workspace_rows, *slopes_strides, shapes.total_q, shapes.total_k),
+                *(shapes.num_heads_k, shapes.group_size, shapes.seqlen_q, shapes.seqlen_k),
+                *(window_left, window_right, num_tiles, pairs),
+                max(1, min(pairs, _CACHE_BYTES * pairs // max(sum(map(_bytes, passing)), 1))),
+                *(score_scale, softcap * LOG2E, *dropout_numbers(dropout_p)),
+                options.softmax_scale,
             ),
             constants | {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n},
             tile,
         )
 
-    row_bytes = 2 * head_dim * q.element_size()
-    tile = tiles.backward_dkdv(capability, d0 + d1, transformed)
-    run(
-        *(backward_dkdv, (dk, dv), tile, seqlen_k, tile.block_n),
-        *(batch * num_heads_k, group_size * seqlen_q * row_bytes),
-    )
-    tile = tiles.backward_dq(capability, d0 + d1, transformed)
-    run(
-        *(backward_dq, (dq,), tile, seqlen_q, tile.block_m),
-        *(batch * num_heads, seqlen_k * row_bytes),
-    )
+    features = softcap > 0 or slopes is not None, dropout_p > 0
+    tile = tiles.backward_dkdv(capability, d0 + d1, *features)
+    num_tiles, pairs = -(-shapes.seqlen_k // tile.block_n), shapes.batch * shapes.num_heads_k
+    run(backward_dkdv, (dk, dv), (q, dout), tile.block_m, tile, num_tiles, pairs)
+    tile = tiles.backward_dq(capability, d0 + d1, *features)
+    num_tiles, pairs = -(-shapes.seqlen_q // tile.block_m), shapes.batch * shapes.num_heads
+    run(backward_dq, (dq,), (k, v), tile.block_n, tile, num_tiles, pairs)
 
     if ds_aux is not None:
         launch(
             sink_gradient,
-            num_heads,
-            device,
+            shapes.num_heads,
+            q.device,
             (
                 *(options.s_aux, ds_aux, softmax_lse, softmax_d),
-                *(options.s_aux.stride(0), ds_aux.stride(0), *lse_strides),
-                *(*softmax_d_strides[:2], total_q, max(softmax_d.shape[-1], 1)),
+                *(options.s_aux.stride(0), ds_aux.stride(0), *_row_strides(softmax_lse)),
+                *(*_row_strides(softmax_d)[:2], shapes.total_q, max(softmax_d.shape[-1], 1)),
             ),
             {"BLOCK": 1024},
-            tiles.Tile(1024, 0, 8, 1),
+            tiles.ROWS,
         )
     return softmax_d

@@ -7,6 +7,8 @@ asks for little.
 
 from __future__ import annotations
 
+import functools
+import importlib.metadata
 from typing import NamedTuple
 
 
@@ -133,11 +135,28 @@ _BACKWARD_DQ = {
 }
 
 
-def backward_dkdv(capability: int, head_dim: int, transformed: bool = False) -> Tile:
-    """The tile of the kernel of dK and dV; transformed: with softcap, ALiBi or dropout."""
-    return _find(_BACKWARD_DKDV, capability, head_dim)
+def backward_dkdv(
+    capability: int, head_dim: int, transformed: bool = False, has_dropout: bool = False
+) -> Tile:
+    """The tile of the kernel of dK and dV; transformed: with softcap or ALiBi."""
+    tile = _find(_BACKWARD_DKDV, capability, head_dim)
+    if transformed or has_dropout:  # what they need takes registers
+        tile = tile._replace(block_m=min(tile.block_m, 32 if head_dim > 64 else 64))
+    return tile
 
 
-def backward_dq(capability: int, head_dim: int, transformed: bool = False) -> Tile:
+def backward_dq(
+    capability: int, head_dim: int, transformed: bool = False, has_dropout: bool = False
+) -> Tile:
     """The tile of the kernel of dQ."""
-    return _find(_BACKWARD_DQ, capability, head_dim)
+    tile = _find(_BACKWARD_DQ, capability, head_dim)
+    if transformed or has_dropout:
+        tile = tile._replace(block_n=min(tile.block_n, 64))
+    return tile
+
+
+@functools.cache
+def has_descriptors(capability: int) -> bool:
+    """Whether kernels may read through tensor descriptors: Hopper's copy engine, and Triton 3.6."""
+    version = importlib.metadata.version("triton").split(".")[:2]
+    return family(capability) == 90 and tuple(map(int, version)) >= (3, 6)

@@ -14,6 +14,11 @@ dK, dV, S^T and dP^T fill them.
 
 `backward_dq`: a program has BLOCK_M rows of one query head and walks over the keys that they see.
 
+DESCRIPTORS: what passes through a program (Q and dO, or K and V) arrives as tensor descriptors
+instead of pointers, which Hopper's copy engine reads. Addresses take no registers then. It is for
+heads of one piece, dense inputs, and calls in which every row sees a key, so that there is nothing
+to hide from the products but what lies outside of the tensor.
+
 Both walk over the blocks that a mask cuts first, and then over the others without a mask. Bound by
 the tensor cores, and at small head dimensions as much by the exponentials and what surrounds them.
 """
@@ -103,6 +108,13 @@ def load_tile(
 
 
 @triton.jit
+def load_described(x, batch, head, row, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """The same by the descriptor of a tensor (b, h, s, d): 0 outside of it."""
+    tile = x.load([batch.to(tl.int32), head.to(tl.int32), row, 0])
+    return tl.reshape(tile, [ROWS, COLUMNS])
+
+
+@triton.jit
 def exponents(
     score,
     distance,
@@ -165,6 +177,7 @@ def _add_rows(
     batch,
     head,
     MASKED: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
     HAS_LEFT: tl.constexpr,
     HAS_RIGHT: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
@@ -180,14 +193,18 @@ def _add_rows(
     step = tl.arange(0, BLOCK_M)
     minus_lse = tl.load(minus_lse + start + step)
     minus_d = tl.load(minus_d + start + step)
-    q += start * q_row_stride
-    dout += start * dout_row_stride
-    begin = row_begin - start
-    end = row_end - start
-    VALID0: tl.constexpr = HEAD_DIM if HEAD_DIM < D0 else D0
-    # Rows that see nothing may hold anything, and are read as 0.
-    q0 = load_tile(q, q_offsets0, begin, end, BLOCK_M, D0, VALID0, MASKED, True)
-    dout0 = load_tile(dout, dout_offsets0, begin, end, BLOCK_M, D0, VALID0, MASKED, True)
+    if DESCRIPTORS:
+        q0 = load_described(q, batch, head, start, BLOCK_M, D0)
+        dout0 = load_described(dout, batch, head, start, BLOCK_M, D0)
+    else:
+        q += start * q_row_stride
+        dout += start * dout_row_stride
+        begin = row_begin - start
+        end = row_end - start
+        VALID0: tl.constexpr = HEAD_DIM if HEAD_DIM < D0 else D0
+        # Rows that see nothing may hold anything, and are read as 0.
+        q0 = load_tile(q, q_offsets0, begin, end, BLOCK_M, D0, VALID0, MASKED, True)
+        dout0 = load_tile(dout, dout_offsets0, begin, end, BLOCK_M, D0, VALID0, MASKED, True)
 
     s = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     dp = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
@@ -326,6 +343,7 @@ def backward_dkdv(
     HAS_SOFTCAP: tl.constexpr,
     HAS_ALIBI: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
     UNIT: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     D0: tl.constexpr,
@@ -336,8 +354,9 @@ def backward_dkdv(
     """dk and dv of BLOCK_N keys of one key head.
 
     q, dout: (b, sq, h, d) or (tq, h, d); k, v, dk, dv: (b, sk, hk, d) or (tk, hk, d); their strides
-    in units of UNIT. workspace: of backward_prepare.py. score_scale: softmax_scale * log2(e), or
-    with softcap softmax_scale / softcap. softcap: in units of log2.
+    in units of UNIT. With DESCRIPTORS q and dout are descriptors of (b, h, sq, d). workspace: of
+    backward_prepare.py. score_scale: softmax_scale * log2(e), or with softcap softmax_scale /
+    softcap. softcap: in units of log2.
     """
     tile, pair = program_order(num_tiles, num_pairs, pairs_at_once)
     batch = pair // num_heads_k
@@ -408,10 +427,11 @@ def backward_dkdv(
             full_end = end
         num_masked = full_begin - begin + end - full_end
 
-        q += (batch * q_batch_stride + head_k * group_size * q_head_stride) * UNIT
-        q += first_q * q_row_stride
-        dout += (batch * dout_batch_stride + head_k * group_size * dout_head_stride) * UNIT
-        dout += first_q * dout_row_stride
+        if not DESCRIPTORS:
+            q += (batch * q_batch_stride + head_k * group_size * q_head_stride) * UNIT
+            q += first_q * q_row_stride
+            dout += (batch * dout_batch_stride + head_k * group_size * dout_head_stride) * UNIT
+            dout += first_q * dout_row_stride
         workspace += workspace_row(batch, first_q, seqlen_q, IS_VARLEN)
         workspace += head_k * group_size * 2 * workspace_rows
         for i in range(group_size):
@@ -432,7 +452,7 @@ def backward_dkdv(
                         first_key, row_begin, row_end, offset, window_left, window_right,
                         score_scale, softcap, slope,
                         key0, key1, dropout_threshold, dropout_scale, batch, head,
-                        True, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_ALIBI, HAS_DROPOUT,
+                        True, DESCRIPTORS, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_ALIBI, HAS_DROPOUT,
                         HEAD_DIM, D0, D1, BLOCK_M, BLOCK_N,
                     )  # fmt: skip
             for block in range(full_begin, full_end):
@@ -443,11 +463,12 @@ def backward_dkdv(
                     first_key, row_begin, row_end, offset, window_left, window_right,
                     score_scale, softcap, slope,
                     key0, key1, dropout_threshold, dropout_scale, batch, head,
-                    False, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_ALIBI, HAS_DROPOUT,
+                    False, DESCRIPTORS, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_ALIBI, HAS_DROPOUT,
                     HEAD_DIM, D0, D1, BLOCK_M, BLOCK_N,
                 )  # fmt: skip
-            q += q_head_stride * UNIT
-            dout += dout_head_stride * UNIT
+            if not DESCRIPTORS:
+                q += q_head_stride * UNIT
+                dout += dout_head_stride * UNIT
             workspace += 2 * workspace_rows
 
         # Keys behind seqused_k have no gradient, whatever was computed for them.
@@ -506,7 +527,9 @@ def _add_keys(
     dropout_scale,
     batch,
     head,
+    head_k,
     MASKED: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
     HAS_LEFT: tl.constexpr,
     HAS_RIGHT: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
@@ -519,12 +542,16 @@ def _add_keys(
     BLOCK_N: tl.constexpr,
 ):
     """One block of keys, from key `start` of the sequence on."""
-    k += start * k_row_stride
-    v += start * v_row_stride
-    end = num_k - start
-    VALID0: tl.constexpr = HEAD_DIM if HEAD_DIM < D0 else D0
-    k0 = load_tile(k, k_offsets0, 0, end, BLOCK_N, D0, VALID0, False, MASKED)
-    v0 = load_tile(v, v_offsets0, 0, end, BLOCK_N, D0, VALID0, False, MASKED)
+    if DESCRIPTORS:
+        k0 = load_described(k, batch, head_k, start, BLOCK_N, D0)
+        v0 = load_described(v, batch, head_k, start, BLOCK_N, D0)
+    else:
+        k += start * k_row_stride
+        v += start * v_row_stride
+        end = num_k - start
+        VALID0: tl.constexpr = HEAD_DIM if HEAD_DIM < D0 else D0
+        k0 = load_tile(k, k_offsets0, 0, end, BLOCK_N, D0, VALID0, False, MASKED)
+        v0 = load_tile(v, v_offsets0, 0, end, BLOCK_N, D0, VALID0, False, MASKED)
     s = tl.dot(q0, tl.trans(k0))
     dp = tl.dot(dout0, tl.trans(v0))
     if D1 > 0:
@@ -615,6 +642,7 @@ def backward_dq(
     HAS_SOFTCAP: tl.constexpr,
     HAS_ALIBI: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
     UNIT: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     D0: tl.constexpr,
@@ -623,6 +651,8 @@ def backward_dq(
     BLOCK_N: tl.constexpr,
 ):
     """dq of BLOCK_M rows of one query head; arguments as those of backward_dkdv.
+
+    With DESCRIPTORS k and v are descriptors of (b, hk, sk, d).
 
     Tiles are numbered from the last on: under a causal mask the last rows take longest.
     """
@@ -702,8 +732,9 @@ def backward_dq(
         full_end = tl.minimum(tl.maximum(full_end // BLOCK_N, full_begin), end)
         num_masked = full_begin - begin + end - full_end
 
-        k += (batch * k_batch_stride + head_k * k_head_stride) * UNIT + first_k * k_row_stride
-        v += (batch * v_batch_stride + head_k * v_head_stride) * UNIT + first_k * v_row_stride
+        if not DESCRIPTORS:
+            k += (batch * k_batch_stride + head_k * k_head_stride) * UNIT + first_k * k_row_stride
+            v += (batch * v_batch_stride + head_k * v_head_stride) * UNIT + first_k * v_row_stride
         for j in range(num_masked):
             block = begin + j
             block = tl.where(block < full_begin, block, block - full_begin + full_end)
@@ -712,8 +743,8 @@ def backward_dq(
                 k_offsets0, k_offsets1, v_offsets0, v_offsets1, k_row_stride, v_row_stride,
                 tl.multiple_of(block * BLOCK_N, BLOCK_N), first_row, num_k, offset,
                 window_left, window_right, score_scale, softcap, slope,
-                key0, key1, dropout_threshold, dropout_scale, batch, head,
-                True, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_ALIBI, HAS_DROPOUT,
+                key0, key1, dropout_threshold, dropout_scale, batch, head, head_k,
+                True, DESCRIPTORS, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_ALIBI, HAS_DROPOUT,
                 HEAD_DIM, D0, D1, BLOCK_M, BLOCK_N,
             )  # fmt: skip
         for block in range(full_begin, full_end):
@@ -722,8 +753,8 @@ def backward_dq(
                 k_offsets0, k_offsets1, v_offsets0, v_offsets1, k_row_stride, v_row_stride,
                 tl.multiple_of(block * BLOCK_N, BLOCK_N), first_row, num_k, offset,
                 window_left, window_right, score_scale, softcap, slope,
-                key0, key1, dropout_threshold, dropout_scale, batch, head,
-                False, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_ALIBI, HAS_DROPOUT,
+                key0, key1, dropout_threshold, dropout_scale, batch, head, head_k,
+                False, DESCRIPTORS, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_ALIBI, HAS_DROPOUT,
                 HEAD_DIM, D0, D1, BLOCK_M, BLOCK_N,
             )  # fmt: skip
 
