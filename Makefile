@@ -91,7 +91,7 @@ wheel: $(VENV)/.torch  ## one wheel for every Python, in dist/
 # ---- tests ----------------------------------------------------------------------------------------
 
 .PHONY: test
-test: lint test-cpp test-sanitizers test-kernels test-python  ## everything below, as CI runs it
+test: lint test-cpp test-sanitizers test-kernels test-python test-triton  ## everything below, as CI runs it
 
 .PHONY: lint
 lint: $(VENV)/.tools  ## formatting and static checks
@@ -128,6 +128,20 @@ test-sanitizers: $(VENV)/.package $(VENV)/.tools googletest  ## C++ tests and a 
 .PHONY: test-python
 test-python: $(VENV)/.package $(VENV)/.tools  ## the Python suite against the installed package, with coverage
 	$(bin)/pytest -n $(JOBS) --cov --cov-report=term tests/python
+
+# Triton's own wheels are for Linux; elsewhere there is nothing to test.
+$(VENV)/.triton: $(VENV)/.torch tests/triton/requirements.txt
+	$(bin)/python -c 'import triton' 2>/dev/null || $(pip) -r tests/triton/requirements.txt
+	touch $@
+
+.PHONY: test-triton
+ifeq ($(shell uname -sm),Linux x86_64)
+test-triton: $(VENV)/.package $(VENV)/.tools $(VENV)/.triton  ## the Triton kernels, interpreted and compiled, without a GPU
+	$(bin)/pytest -n $(JOBS) tests/triton
+else
+test-triton:
+	@echo "The Triton kernels are tested on Linux x86_64"
+endif
 
 # Only where apt-get is: the compiler, the emulator and GoogleTest's sources are Debian's packages.
 aarch64_packages := g++-aarch64-linux-gnu qemu-user-static libgtest-dev

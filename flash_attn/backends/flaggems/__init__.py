@@ -7,10 +7,33 @@ launch our kernels. FlagGems and Triton are imported by the first call.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, empty_like
 
-from flash_attn.backends.flaggems import runtime
+from flash_attn.backends.flaggems import check, own_operator, runtime
 from flash_attn.backends.interface import Options, Sequences
+
+
+def _runtime_of(x: Tensor) -> runtime.Runtime:
+    """The runtime, which must know the device of x."""
+    where = runtime.current()
+    if x.device.type != where.device_type:
+        raise RuntimeError(
+            f"flash_attn: FlagGems serves devices of type {where.device_type} ({where.vendor}) "
+            f"here, but the tensors are on {x.device}"
+        )
+    return where
+
+
+def _row_vector(q: Tensor, variable_length: bool) -> Tensor:
+    """An uninitialised float32 for each query row: (b, h, sq), or (h, tq) for variable length."""
+    expected = ("total_q",) if variable_length else ("batch_size", "seqlen_q")
+    if q.dim() != len(expected) + 2:
+        names = ", ".join((*expected, "num_heads", "head_dim"))
+        raise RuntimeError(f"q must have shape ({names}), but got {tuple(q.shape)}")
+    rows, (num_heads, _) = q.shape[:-2], q.shape[-2:]
+    shape = (*rows[:-1], num_heads, rows[-1])
+    return torch.empty(shape, dtype=torch.float32, device=q.device)
 
 
 def plain_forward(
@@ -38,12 +61,9 @@ def forward(
     return_lse: bool = True,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Attention forward; see `Backend.forward`."""
-    runtime.current()
-    from flash_attn.backends.flaggems import attention
-
-    if out is None:
-        out = empty_like(q)
-    softmax_lse = attention.row_vector(q, sequences is not None)
+    where = _runtime_of(q)
+    softmax_lse = _row_vector(q, sequences is not None)
+    result = empty_like(q) if out is None else out
     s_dmask = None
     if return_s_dmask and options.dropout_p > 0:
         if sequences is None:
@@ -52,8 +72,14 @@ def forward(
             batch = sequences.cu_seqlens_q.shape[0] - 1
             shape = (batch, q.shape[1], sequences.max_seqlen_q, sequences.max_seqlen_k)
         s_dmask = q.new_empty(shape)
-    attention.forward(q, k, v, out, softmax_lse, options, sequences, s_dmask)
-    return out, softmax_lse if return_lse else None, s_dmask
+    check.forward(q, k, v, result, softmax_lse, options, sequences, s_dmask)
+    inference = out is None and not return_lse
+    if own_operator.serves(where, q, k, v, options, sequences is None, inference):
+        return own_operator.forward(where, q, k, v, options), None, None
+    from flash_attn.backends.flaggems import attention
+
+    attention.forward(q, k, v, result, softmax_lse, options, sequences, s_dmask)
+    return result, softmax_lse if return_lse else None, s_dmask
 
 
 def backward(
@@ -72,7 +98,24 @@ def backward(
     ds_aux: Tensor | None = None,
 ) -> Tensor:
     """Attention backward; see `Backend.backward`."""
-    runtime.current()
+    _runtime_of(q)
+    softmax_d = _row_vector(q, sequences is not None)
+    check.backward(
+        dout,
+        q,
+        k,
+        v,
+        out,
+        softmax_lse,
+        dq,
+        dk,
+        dv,
+        softmax_d,
+        options,
+        sequences,
+        dsoftmax_lse,
+        ds_aux,
+    )
     from flash_attn.backends.flaggems import gradients
 
     return gradients.backward(
@@ -110,12 +153,30 @@ def kvcache(
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention over a cache, appended to first; see `Backend.kvcache`."""
-    runtime.current()
-    from flash_attn.backends.flaggems import attention, embedding
-
+    _runtime_of(q)
     if out is None:
         out = empty_like(q)
-    softmax_lse = attention.row_vector(q, False)
+    softmax_lse = _row_vector(q, False)
+    check.kvcache(
+        q,
+        k_cache,
+        v_cache,
+        out,
+        softmax_lse,
+        k,
+        v,
+        options,
+        rotary_cos,
+        rotary_sin,
+        rotary_interleaved,
+        cache_seqlens,
+        cache_batch_idx,
+        cache_leftpad,
+        block_table,
+        num_splits,
+    )
+    from flash_attn.backends.flaggems import attention, embedding
+
     if k is not None:
         embedding.append(
             k,
@@ -162,12 +223,12 @@ def rotary(
     conjugate: bool = False,
 ) -> Tensor:
     """Rotary position embedding; see `Backend.rotary`."""
-    runtime.current()
-    from flash_attn.backends.flaggems import embedding
-
+    _runtime_of(x)
     if out is None:
         out = empty_like(x)
-    embedding.rotate(
-        x, out, cos, sin, seqlen_offsets, cu_seqlens, max_seqlen or 0, interleaved, conjugate
-    )
+    rows = (seqlen_offsets, cu_seqlens, max_seqlen or 0, interleaved, conjugate)
+    check.rotary(x, out, cos, sin, *rows)
+    from flash_attn.backends.flaggems import embedding
+
+    embedding.rotate(x, out, cos, sin, *rows)
     return out

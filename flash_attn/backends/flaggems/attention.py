@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from flash_attn.backends.flaggems import runtime, tiles
@@ -42,17 +41,6 @@ class Keys(NamedTuple):
     batch_idx: Tensor | None = None
     block_table: Tensor | None = None
     seqlen_new: int = 0
-
-
-def row_vector(q: Tensor, variable_length: bool) -> Tensor:
-    """An uninitialised float32 for each query row: (b, h, sq), or (h, tq) for variable length."""
-    if variable_length:
-        total_q, num_heads, _ = q.shape
-        shape = (num_heads, total_q)
-    else:
-        batch, seqlen_q, num_heads, _ = q.shape
-        shape = (batch, num_heads, seqlen_q)
-    return torch.empty(shape, dtype=torch.float32, device=q.device)
 
 
 def cache_capacity(k: Tensor, block_table: Tensor | None) -> int:
