@@ -5,6 +5,7 @@ them to it, and are compiled with the same options.
 """
 
 import ctypes
+import ctypes.util
 import functools
 import os
 from pathlib import Path
@@ -42,6 +43,8 @@ def _nvrtc():
             for builtins in directory.glob("libnvrtc-builtins.so*"):
                 ctypes.CDLL(str(builtins), mode=ctypes.RTLD_GLOBAL)
             return ctypes.CDLL(str(library))
+    if (found := ctypes.util.find_library("nvrtc")) is not None:
+        return ctypes.CDLL(found)
     raise RuntimeError(f"no libnvrtc.so in {', '.join(map(str, filter(None, places)))}")
 
 

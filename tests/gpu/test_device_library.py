@@ -325,8 +325,7 @@ def test_scores_from_products(constants):
     rows, cols, offset = 3 * block_rows, 3 * block_cols, -20
     scale, softcap, slope = 0.3, 4.0, torch.tensor([0.7])
     x = torch.randn(rows, cols) * 20
-    out = x.clone()
-    run(constants, "scores")("transformed", 9, 32, out, cols, slope, offset, scale, softcap)
+    x[:block_rows] *= 0.01  # small beside the cap in whole blocks
     expected = scale * x.double()
     if constants["kSoftcap"] == "true":
         expected = softcap * (expected / softcap).tanh()
@@ -334,7 +333,16 @@ def test_scores_from_products(constants):
         distance = torch.arange(rows)[:, None] + offset - torch.arange(cols)
         expected = expected - slope.double() * distance.abs()
     # A few roundings to float32 of terms of up to a hundred.
+    out = x.clone()
+    run(constants, "scores")("transformed", 9, 32, out, cols, slope, offset, scale, softcap)
     assert (out - LOG2_E * expected).abs().max() <= 2e-5
+    out = x.clone()
+    capped = constants["kSoftcap"] == "true"
+    run(constants, "scores")(
+        *("transformed_blocks", 9, 32, out, cols, offset),
+        *(scale / softcap if capped else scale, softcap, slope.item()),
+    )
+    assert (out - expected).abs().max() <= 2e-5
 
 
 @each(device_kernels.BLOCKS)

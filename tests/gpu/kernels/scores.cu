@@ -76,6 +76,21 @@ extern "C" __global__ void transformed(float* x, int64_t num_cols, const float* 
   store(s, x, place);
 }
 
+// The same of whole blocks: softcap * tanh(x * scale), or x * scale, less slope * |distance|.
+extern "C" __global__ void transformed_blocks(float* x, int64_t num_cols, int64_t offset,
+                                              double scale, double softcap, double slope) {
+  const Place place(num_cols);
+  Fragments<kM, kN> s;
+  load(s, x, place);
+  if constexpr (kSoftcap) tanh_scores(s, static_cast<float>(scale));
+  scale_scores(s, static_cast<float>(kSoftcap ? softcap : scale));
+  if constexpr (kAlibi) {
+    const int position = place.thread_row() + static_cast<int>(offset);
+    bias_scores(s, static_cast<float>(slope), first_distance(position, place.col));
+  }
+  store(s, x, place);
+}
+
 extern "C" __global__ void dropped(float* x, int64_t num_cols, const int64_t* rng_state, double p,
                                    int64_t batch, int64_t head) {
   const Place place(num_cols);
