@@ -17,6 +17,7 @@ the end, also after SIGINT or SIGTERM. Parts:
   python benchmarks/check_gpu.py
   python benchmarks/check_gpu.py --part correctness --head-dim 64 128 --seconds 60
   python benchmarks/check_gpu.py --part forward decode host --output results/h200
+  python benchmarks/check_gpu.py --backend flaggems --part forward backward --seqlen 1024 4096 16384
 """
 
 import argparse
@@ -24,6 +25,7 @@ import collections
 import datetime
 import json
 import math
+import os
 import pathlib
 import shlex
 import statistics
@@ -62,6 +64,7 @@ def parse():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--part", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--backend", choices=["native", "flaggems"], default="native")
     parser.add_argument("--head-dim", nargs="+", type=int, help="default: all of a part's own")
     parser.add_argument("--dtype", nargs="+", choices=["bf16", "fp16"], help="default: both; bf16")
     parser.add_argument("--pass", dest="passes", nargs="+", choices=["forward", "backward"])
@@ -183,7 +186,8 @@ def grid(kind):
             for s in options.seqlen
         ]
         rows = timed(work, "grid", options, until)
-        table(rows, ("flash", "cudnn"), "(batch, heads, length, d)")
+        peers = ("flash", "cudnn", *(("flag_gems", "flex") if options.backend != "native" else ()))
+        table(rows, peers, "(batch, heads, length, d)")
         return rows
 
     return part
@@ -274,6 +278,7 @@ PARTS = {
 
 def main():
     options = parse()
+    os.environ["FLASH_ATTN_CHECKED_BACKEND"] = options.backend
     pool.stop_on_signals()
     began = time.monotonic()
     until = began + options.seconds if options.seconds else None

@@ -27,9 +27,13 @@ DEVICE = torch.device("cuda")
 PEERS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
 
 
+# The backend that is checked; `check_gpu.py --backend` sets it for its processes.
+BACKEND = os.environ.get("FLASH_ATTN_CHECKED_BACKEND", "native")
+
+
 def setup():
     torch.set_num_threads(1)
-    flash_attn.set_backend("native")
+    flash_attn.set_backend(BACKEND)
 
 
 def run(item):
@@ -44,7 +48,7 @@ def alternate(sides, rounds, sample_seconds, timer=timing.timed):
     for name, side in sides.items():
         try:
             calls[name] = timing.calls_for(side, DEVICE, timer, sample_seconds)
-        except RuntimeError as error:
+        except Exception as error:
             if name == "ours":
                 raise
             failures[name] = str(error).partition("\n")[0]
@@ -85,6 +89,34 @@ def with_backend(backend, function):
     return call
 
 
+def triton_peers(inputs):
+    """What other Triton code does: FlagGems' own forward and FlexAttention."""
+    import flag_gems
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    case = inputs.case
+    peers = {}
+    if case.kind == "forward":
+        lengths = (case.seqlen, case.seqlen)
+
+        def own():
+            return flag_gems.flash_attention_forward(
+                *(*inputs.tensors, None, None, *lengths, 0.0, case.features.causal, False),
+                scale=case.head_dim**-0.5,
+                disable_splitkv=True,
+            )[0]
+
+        peers["flag_gems"] = own
+    mask = None
+    if case.features.causal:
+        mask = create_block_mask(
+            *(lambda b, h, i, j: i >= j, None, None, case.seqlen, case.seqlen), device="cuda"
+        )
+    flex = torch.compile(flex_attention, dynamic=False)
+    peers["flex"] = lambda: flex(*inputs.peer_tensors, block_mask=mask)
+    return peers
+
+
 def grid(work):
     """A cell of the grid of forward or backward, in TFLOP/s."""
     case, rounds, sample_seconds = work
@@ -92,13 +124,15 @@ def grid(work):
     inputs = Inputs(case, DEVICE, requires_grad=backward)
     sides = {"ours": inputs.forward}
     sides |= {name: with_backend(backend, inputs.peer_forward) for name, backend in PEERS.items()}
+    if BACKEND == "flaggems":
+        sides |= triton_peers(inputs)
     if backward:
         tensors = {"ours": inputs.tensors}
         made = {}
         for name, side in sides.items():
             try:
                 made[name] = gradients(side, tensors.get(name, inputs.peer_tensors))
-            except RuntimeError:
+            except Exception:
                 if name == "ours":
                     raise
         sides = made

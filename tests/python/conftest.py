@@ -3,6 +3,7 @@
 pytest tests/python                  on the CPU
 pytest tests/python --device cuda    the same tests with tensors on the GPU, float32 left out;
                                      with -n on all visible GPUs in turn
+pytest ... --backend flaggems        the same by the FlagGems backend
 """
 
 import os
@@ -24,6 +25,7 @@ torch.set_num_threads(NUM_THREADS)
 
 def pytest_addoption(parser):
     parser.addoption("--device", default="cpu", help="where tensors are made: cpu or cuda")
+    parser.addoption("--backend", default="native", help="what serves the GPU: native or flaggems")
 
 
 def pytest_configure(config):
@@ -52,13 +54,13 @@ def _is_for_the_cpu(item):
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _native_backend(request):
+def _backend(request):
     if request.config.getoption("--device") == "cpu":
         yield
         return
     from flash_attn import set_backend
 
-    set_backend("native")
+    set_backend(request.config.getoption("--backend"))
     yield
     set_backend(None)
 
