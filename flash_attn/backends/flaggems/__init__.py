@@ -132,6 +132,7 @@ def backward(
         sequences,
         dsoftmax_lse,
         ds_aux,
+        softmax_d,
     )
 
 

@@ -69,9 +69,9 @@ def combine_parts(
     if query >= num_queries:
         return
 
-    part = tl.arange(0, MAX_SPLITS)
-    is_part = part < num_splits
-    lses = tl.load(partial_lse + part * num_rows + program, mask=is_part, other=float("-inf"))
+    every = tl.arange(0, MAX_SPLITS)
+    lse_address = partial_lse + every * num_rows + program
+    lses = tl.load(lse_address, mask=every < num_splits, other=float("-inf"))
     top = tl.max(lses, 0)
     reference = tl.where(top == float("-inf"), 0.0, top)
     total = tl.sum(tl.math.exp2(lses - reference), 0)
