@@ -46,7 +46,8 @@ struct KeySteps<false, kAccess, kThreads, kStride, T> {
 };
 
 // A lane looks up one key of a step, a step ahead, so that no copy waits for the table; the others
-// get it by a shuffle.
+// get it by a shuffle. Memory takes longer than a step, and every 32nd page is in a new line of the
+// table: that is asked for four steps before.
 template <Access kAccess, int kThreads, int kStride, typename T>
 struct KeySteps<true, kAccess, kThreads, kStride, T> {
   static_assert(T::kRows <= 32);
@@ -56,7 +57,9 @@ struct KeySteps<true, kAccess, kThreads, kStride, T> {
   const int32_t* pages;
   uint32_t position;  // of this lane's key, in the step that is next
   uint32_t end;       // of the keys that there are
-  int page = 0;       // where that key lies
+  uint32_t ahead;     // pages of four steps
+  uint32_t last;      // page that there is
+  int page = 0;       // where the key lies
   int slot = 0;
 
   FAP_DEVICE KeySteps(const ForwardParams& params, const Sequence& sequence, int64_t batch,
@@ -67,7 +70,9 @@ struct KeySteps<true, kAccess, kThreads, kStride, T> {
         pages(params.block_table + batch * params.block_table_stride),
         position(static_cast<uint32_t>(sequence.k_begin) +
                  static_cast<uint32_t>(first_key + lane_id() % T::kRows)),
-        end(static_cast<uint32_t>(sequence.k_begin) + static_cast<uint32_t>(end_key)) {
+        end(static_cast<uint32_t>(sequence.k_begin) + static_cast<uint32_t>(end_key)),
+        ahead(4 * kStride / static_cast<uint32_t>(params.page_size)),
+        last((max(end, 1u) - 1) / static_cast<uint32_t>(params.page_size)) {
     look_up();
   }
 
@@ -77,6 +82,7 @@ struct KeySteps<true, kAccess, kThreads, kStride, T> {
     const uint32_t index = position / page_size;
     slot = static_cast<int>(position - index * page_size);
     page = static_cast<int>(clamped(pages[index], params.num_pages - 1));
+    prefetch(pages + min(index + ahead, last));
   }
 
   FAP_DEVICE void copy(T tile, const uint16_t* first, const Operand& x, int thread, int head_dim,

@@ -41,7 +41,7 @@ FAP_DEVICE float block_max(float x) {
     x = fmaxf(x, __shfl_xor_sync(0xFFFFFFFFu, x, lane));
   }
   __syncthreads();
-  if (lane_id() == 0) parts[warp_id()] = x;
+  if (lane_id() == 0) parts[threadIdx.x / 32] = x;  // warp_id() is for whole warps
   __syncthreads();
 #pragma unroll
   for (int i = 0; i < spec.threads() / 32; ++i) x = fmaxf(x, parts[i]);

@@ -22,7 +22,8 @@ FAP_DEVICE constexpr int row_slot(int m, int i) { return 2 * m + i / 2; }
 // be more than the rounding of its exponential to 16 bits. By its exponential, and where that
 // cancels, near 0, by a polynomial.
 //
-// The argument is four times x, so that bit 30 says whether |x| is 1/2 or more (or a NaN).
+// The argument of all these is four times x, so that bit 30 says whether |x| is 1/2 or more (or a
+// NaN).
 FAP_DEVICE float tanh_near(float x4) {
   const float square = x4 * x4;
   float y = fmaf(square, -2.7100953e-06f, 1.2881149e-04f);
@@ -32,15 +33,14 @@ FAP_DEVICE float tanh_near(float x4) {
 FAP_DEVICE float tanh_far(float x4) {
   return 1.0f - 2.0f * reciprocal_approx(exp2_approx(x4 * (0.5f * kLog2E)) + 1.0f);
 }
-FAP_DEVICE uint32_t is_far(float x4) { return __float_as_uint(x4) & 0x40000000u; }
-FAP_DEVICE float tanh_of(float x) {
-  return is_far(4.0f * x) ? tanh_far(4.0f * x) : tanh_near(4.0f * x);
-}
+FAP_DEVICE bool is_far(float x4) { return (__float_as_uint(x4) & 0x40000000u) != 0; }
+FAP_DEVICE float tanh_of(float x4) { return is_far(x4) ? tanh_far(x4) : tanh_near(x4); }
 
-// tanh(s * scale) of a block. Scores are small beside their cap almost always, and then the
-// polynomial alone, which needs none of the exponential's slow units, serves the warp.
+// Scales a block to the argument of the functions above and returns whether any is far. Scores are
+// small beside their cap almost always, and then the polynomial alone, which needs none of the
+// exponential's slow units, serves the warp.
 template <int kM, int kN>
-FAP_DEVICE void tanh_scores(Fragments<kM, kN>& s, float scale) {
+FAP_DEVICE bool scale_to_tanh(Fragments<kM, kN>& s, float scale) {
   uint32_t far = 0;
 #pragma unroll
   for (int m = 0; m < kM; ++m) {
@@ -53,17 +53,19 @@ FAP_DEVICE void tanh_scores(Fragments<kM, kN>& s, float scale) {
       }
     }
   }
-  const bool any_far = __any_sync(0xFFFFFFFFu, (far & 0x40000000u) != 0);
-  if (any_far) {
+  return __any_sync(0xFFFFFFFFu, is_far(__uint_as_float(far)));
+}
+
+// tanh(s * scale) of a block.
+template <int kM, int kN>
+FAP_DEVICE void tanh_scores(Fragments<kM, kN>& s, float scale) {
+  if (scale_to_tanh(s, scale)) {
 #pragma unroll
     for (int m = 0; m < kM; ++m) {
 #pragma unroll
       for (int n = 0; n < kN; ++n) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const float x4 = s[m][n][i];
-          s[m][n][i] = is_far(x4) ? tanh_far(x4) : tanh_near(x4);
-        }
+        for (int i = 0; i < 4; ++i) s[m][n][i] = tanh_of(s[m][n][i]);
       }
     }
   } else {
@@ -98,7 +100,7 @@ struct ScoreTransform {
   template <bool kSoftcap, bool kAlibi>
   FAP_DEVICE float operator()(float product, float distance) const {
     if constexpr (kSoftcap) {
-      const float capped = softcap * tanh_of(product * scale);
+      const float capped = softcap * tanh_of(product * scale * 4.0f);
       return kAlibi ? fmaf(-slope, fabsf(distance), capped) : capped;
     } else {
       return kAlibi ? fmaf(product, scale, -slope * fabsf(distance)) : product * scale;
@@ -226,6 +228,10 @@ FAP_DEVICE void drop_scores(Fragments<kM, kN>& p, const Dropout& dropout, uint32
   }
 }
 
+struct Itself {
+  FAP_DEVICE float operator()(float x) const { return x; }
+};
+
 // The softmax of rows seen block by block (Milakov and Gimelshein, arXiv:1805.02867).
 //
 // The reference that exponents are taken against is the largest score when it was last moved: it is
@@ -249,10 +255,12 @@ struct OnlineSoftmax {
     }
   }
 
-  // Turns scores into weights exp2(s * multiplier - reference), and rescales `out` when a reference
-  // moves. `multiplier` is positive.
-  template <int kN, int kD>
-  FAP_DEVICE void update(Fragments<kM, kN>& s, Fragments<kM, kD>& out, float multiplier) {
+  // Turns scores into weights exp2(score(s) * multiplier - reference), and rescales `out` when a
+  // reference moves. `multiplier` is positive and `score` increases: it is the caller's last step,
+  // taken here so that it can run beside the products that follow.
+  template <int kN, int kD, typename Score = Itself>
+  FAP_DEVICE void update(Fragments<kM, kN>& s, Fragments<kM, kD>& out, float multiplier,
+                         Score score = {}) {
     float largest[2 * kM];
     bool moves = false;
 #pragma unroll
@@ -261,7 +269,7 @@ struct OnlineSoftmax {
       float most = fmaxf(s[m][0][i], s[m][0][i + 1]);
 #pragma unroll
       for (int n = 1; n < kN; ++n) most = fmaxf(most, fmaxf(s[m][n][i], s[m][n][i + 1]));
-      largest[slot] = quad_max(most) * multiplier;
+      largest[slot] = score(quad_max(most)) * multiplier;
       moves |= largest[slot] > reference[slot] + kSlack;
     }
     if (__any_sync(0xFFFFFFFFu, moves)) {
@@ -285,7 +293,7 @@ struct OnlineSoftmax {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           const int slot = row_slot(m, i);
-          s[m][n][i] = exp2_approx(fmaf(s[m][n][i], multiplier, -reference[slot]));
+          s[m][n][i] = exp2_approx(fmaf(score(s[m][n][i]), multiplier, -reference[slot]));
           sum[slot] += s[m][n][i];
         }
       }

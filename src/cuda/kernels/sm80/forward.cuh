@@ -25,6 +25,8 @@ constexpr int kRowsPerWarp = spec.tile_m / spec.num_warps;
 constexpr int kM = kRowsPerWarp / 16;
 constexpr int kN = spec.tile_n / 8;
 constexpr int kD = spec.head_dim / 8;
+// Slices of 16 columns of Q that are kept in registers, where any are; 16 would be some too many.
+constexpr int kHeldSlices = spec.q_in_registers ? min_of(kD / 2, 15) : 0;
 static_assert(kRowsPerWarp % 16 == 0 && kN % 4 == 0 && kD % 2 == 0);
 static_assert(spec.stages == 1 || spec.stages == 2);
 
@@ -37,15 +39,13 @@ using Output = Fragments<kM, kD>;
 struct Products {
   QTile q_tile;
   int row;  // the warp's first row of the tile
-  uint32_t q[spec.q_in_registers ? kM : 1][spec.q_in_registers ? kD / 2 : 1][4];
+  uint32_t q[kM][max_of(kHeldSlices, 1)][4];
 
   FAP_DEVICE void load_q() {
-    if constexpr (spec.q_in_registers) {
 #pragma unroll
-      for (int m = 0; m < kM; ++m) {
+    for (int m = 0; m < kM; ++m) {
 #pragma unroll
-        for (int d = 0; d < kD / 2; ++d) load_a(q[m][d], q_tile, row + 16 * m, 16 * d);
-      }
+      for (int d = 0; d < kHeldSlices; ++d) load_a(q[m][d], q_tile, row + 16 * m, 16 * d);
     }
   }
 
@@ -64,7 +64,7 @@ struct Products {
       uint32_t a[kM][4];
 #pragma unroll
       for (int m = 0; m < kM; ++m) {
-        if constexpr (spec.q_in_registers) {
+        if (d < kHeldSlices) {
 #pragma unroll
           for (int i = 0; i < 4; ++i) a[m][i] = q[m][d][i];
         } else {
@@ -306,9 +306,24 @@ extern "C" __global__ void __launch_bounds__(spec.threads(), spec.min_blocks)
     }
   }
 
-  // From products to weights.
+  // From products to weights, and those times the values.
+  const auto finish_step = [&](Scores& s, int step, auto score) {
+    softmax.update(s, out, multiplier, score);
+    if constexpr (spec.dropout) {
+      drop_scores(s, dropout, batch, head, warp_row, step * spec.tile_n);
+    }
+    products.multiply_values(out, s, value_tile(step));
+  };
   const auto weigh = [&](Scores& s, int step, auto masked) {
     const int column = step * spec.tile_n;
+    if constexpr (spec.softcap && !spec.alibi && !masked) {
+      if (scale_to_tanh(s, transform.scale)) {
+        finish_step(s, step, [](float x) { return tanh_of(x); });
+      } else {
+        finish_step(s, step, [](float x) { return tanh_near(x); });
+      }
+      return;
+    }
     if constexpr (spec.softcap) tanh_scores(s, transform.scale);
     if constexpr (spec.transformed()) {
       scale_scores(s, spec.softcap ? transform.softcap : transform.scale);
@@ -317,8 +332,7 @@ extern "C" __global__ void __launch_bounds__(spec.threads(), spec.min_blocks)
       bias_scores(s, slope, first_distance(thread_row + bounds.offset, column));
     }
     if constexpr (masked) mask_scores<spec.masking>(s, bounds, thread_row, column);
-    softmax.update(s, out, multiplier);
-    if constexpr (spec.dropout) drop_scores(s, dropout, batch, head, warp_row, column);
+    finish_step(s, step, Itself{});
   };
 
   // With one buffer each, a tile is loaded when every warp has done with the one before it:
@@ -352,10 +366,7 @@ extern "C" __global__ void __launch_bounds__(spec.threads(), spec.min_blocks)
       __syncthreads();
       load_keys(step - 1, AllRows{});
     }
-    if (seen) {
-      weigh(s, step, masked);
-      products.multiply_values(out, s, value_tile(step));
-    }
+    if (seen) weigh(s, step, masked);
   };
   int step = steps.last;
 #pragma unroll 1
