@@ -7,6 +7,7 @@ The scripts beside them take options: `random_configurations.py`, `sanitize.py` 
 """
 
 import importlib.util
+import os
 import sys
 from pathlib import Path
 
@@ -17,6 +18,9 @@ HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent / "python")]
 
 from devices import take_turns  # noqa: E402
+
+# The reference computes on the CPU, which the workers of pytest-xdist share.
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
 HAS_GPU = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
 

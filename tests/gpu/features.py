@@ -1,4 +1,4 @@
-"""Every feature on small shapes, forward and backward, against the float64 reference on the GPU.
+"""Every feature on small shapes, forward and backward, against the float64 reference.
 
 A feature is a row of `FEATURES`: the fields of a case of the Python suite, whose checks are used.
 The sizes leave partial tiles on every side and give every kernel more than one tile.

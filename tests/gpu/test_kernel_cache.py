@@ -22,7 +22,11 @@ def start(cache, **environment):
     return subprocess.Popen(
         [sys.executable, "-c", SCRIPT],
         env=os.environ
-        | {"FLASH_ATTENTION_USE_FLAGGEMS": "FALSE", "FLASH_ATTN_PLUS_CACHE_DIR": str(cache)}
+        | {
+            "FLASH_ATTENTION_USE_FLAGGEMS": "FALSE",
+            "FLASH_ATTN_PLUS_CACHE_DIR": str(cache),
+            "OMP_NUM_THREADS": "1",
+        }
         | environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

@@ -11,6 +11,8 @@ from flash_attn.backends.cuda import nvrtc_directories
 from flash_attn.cli import compile as compile_cli
 from flash_attn.cli.compile import Kernel
 
+pytestmark = pytest.mark.cpu
+
 needs_nvrtc = pytest.mark.skipif(
     not any(directory.glob("libnvrtc.so*") for directory in nvrtc_directories()),
     reason="NVRTC is not installed",
