@@ -217,7 +217,7 @@ def backward(
     if slopes is not None:
         slopes_strides = (slopes.stride(0) if slopes.dim() == 2 else 0, slopes.stride(-1))
 
-    def run(kernel, gradients, passing, block, tile, num_tiles, pairs):
+    def run(kernel, gradients, passing, block, tile, num_tiles, pairs, more):
         """Launches a kernel in num_tiles programs a pair; `passing`: two of its operands."""
         operands = [q, k, v, dout]
         if constants["DESCRIPTORS"]:
@@ -238,17 +238,20 @@ def backward(
                 *(score_scale, softcap * LOG2E, *dropout_numbers(dropout_p)),
                 options.softmax_scale,
             ),
-            constants | {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n},
+            constants | more | {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n},
             tile,
         )
 
-    features = softcap > 0 or slopes is not None, dropout_p > 0
-    tile = tiles.backward_dkdv(capability, d0 + d1, *features)
+    masked = window_left >= 0 or window_right >= 0
+    has_features = softcap > 0 or slopes is not None or dropout_p > 0
+    described = constants["DESCRIPTORS"]
+    tile = tiles.backward_dkdv(capability, d0 + d1, described, masked, has_features)
     num_tiles, pairs = -(-shapes.seqlen_k // tile.block_n), shapes.batch * shapes.num_heads_k
-    run(backward_dkdv, (dk, dv), (q, dout), tile.block_m, tile, num_tiles, pairs)
-    tile = tiles.backward_dq(capability, d0 + d1, *features)
+    masks_all = {"MASKS_ALL": masked and tiles.backward_masks_all(d0 + d1)}
+    run(backward_dkdv, (dk, dv), (q, dout), tile.block_m, tile, num_tiles, pairs, masks_all)
+    tile = tiles.backward_dq(capability, d0 + d1, has_features)
     num_tiles, pairs = -(-shapes.seqlen_q // tile.block_m), shapes.batch * shapes.num_heads
-    run(backward_dq, (dq,), (k, v), tile.block_n, tile, num_tiles, pairs)
+    run(backward_dq, (dq,), (k, v), tile.block_n, tile, num_tiles, pairs, {})
 
     if ds_aux is not None:
         launch(

@@ -8,7 +8,6 @@ asks for little.
 from __future__ import annotations
 
 import functools
-import importlib.metadata
 from typing import NamedTuple
 
 
@@ -46,7 +45,7 @@ _FORWARD = {
 }
 # Few rows, of which a program has all: bound by the reading of keys.
 _FEW_ROWS = {
-    90: ((64, Tile(16, 128, 4, 4)), (128, Tile(16, 128, 4, 3)), (256, Tile(16, 64, 4, 3))),
+    90: ((64, Tile(16, 128, 4, 4)), (128, Tile(16, 64, 4, 4)), (256, Tile(16, 32, 4, 4))),
     80: ((64, Tile(16, 128, 4, 4)), (128, Tile(16, 64, 4, 4)), (256, Tile(16, 64, 4, 2))),
     86: ((64, Tile(16, 64, 4, 3)), (128, Tile(16, 64, 4, 2)), (256, Tile(16, 32, 4, 2))),
     0: ((64, Tile(16, 64, 4, 2)), (128, Tile(16, 64, 4, 1)), (256, Tile(16, 32, 4, 1))),
@@ -88,7 +87,8 @@ COMBINE = Tile(0, 0, 4, 1)
 S_DMASK = Tile(32, 32, 4, 1)
 
 
-# Of dK and dV (BLOCK_N keys stay, BLOCK_M rows pass), and of dQ (BLOCK_M rows stay).
+# Of dK and dV: BLOCK_N keys stay, BLOCK_M rows pass. Registers are the limit: dK and dV take
+# 2 * BLOCK_N * head_dim numbers, S and dP 2 * BLOCK_M * BLOCK_N.
 _BACKWARD_DKDV = {
     90: (
         (64, Tile(128, 128, 8, 2)),
@@ -98,12 +98,12 @@ _BACKWARD_DKDV = {
     80: (
         (64, Tile(64, 128, 8, 2)),
         (128, Tile(64, 64, 8, 2)),
-        (256, Tile(32, 64, 8, 1)),
+        (256, Tile(32, 64, 8, 2)),
     ),
     86: (
         (64, Tile(64, 128, 8, 2)),
-        (128, Tile(32, 64, 4, 2)),
-        (256, Tile(32, 32, 4, 1)),
+        (128, Tile(64, 64, 8, 2)),
+        (256, Tile(32, 32, 8, 1)),
     ),
     0: (
         (64, Tile(32, 64, 4, 1)),
@@ -111,21 +111,22 @@ _BACKWARD_DKDV = {
         (256, Tile(32, 32, 4, 1)),
     ),
 }
+# Of dQ: BLOCK_M rows stay.
 _BACKWARD_DQ = {
     90: (
         (64, Tile(128, 128, 8, 2)),
-        (128, Tile(128, 64, 8, 2)),
+        (128, Tile(128, 64, 8, 3)),
         (256, Tile(64, 64, 8, 2)),
     ),
     80: (
         (64, Tile(128, 64, 8, 2)),
         (128, Tile(64, 64, 8, 2)),
-        (256, Tile(64, 32, 8, 1)),
+        (256, Tile(64, 32, 8, 2)),
     ),
     86: (
         (64, Tile(128, 64, 8, 2)),
-        (128, Tile(64, 32, 4, 2)),
-        (256, Tile(32, 32, 4, 1)),
+        (128, Tile(64, 64, 8, 2)),
+        (256, Tile(64, 32, 8, 1)),
     ),
     0: (
         (64, Tile(64, 32, 4, 1)),
@@ -136,27 +137,44 @@ _BACKWARD_DQ = {
 
 
 def backward_dkdv(
-    capability: int, head_dim: int, transformed: bool = False, has_dropout: bool = False
+    capability: int,
+    head_dim: int,
+    described: bool = False,
+    masked: bool = False,
+    has_features: bool = False,
 ) -> Tile:
-    """The tile of the kernel of dK and dV; transformed: with softcap or ALiBi."""
+    """The tile of the kernel of dK and dV.
+
+    described: operands arrive as tensor descriptors. masked: there is a causal mask or a window.
+    has_features: softcap, ALiBi or dropout.
+    """
     tile = _find(_BACKWARD_DKDV, capability, head_dim)
-    if transformed or has_dropout:  # what they need takes registers
-        tile = tile._replace(block_m=min(tile.block_m, 32 if head_dim > 64 else 64))
+    if tile.block_m == 128 and (masked or has_features):
+        return tile._replace(block_m=64)
+    if head_dim > 128 and family(capability) == 90 and (has_features or not described):
+        return tile._replace(block_m=32)
     return tile
 
 
-def backward_dq(
-    capability: int, head_dim: int, transformed: bool = False, has_dropout: bool = False
-) -> Tile:
-    """The tile of the kernel of dQ."""
+def backward_masks_all(head_dim: int) -> bool:
+    """Whether the kernel of dK and dV has one loop, with a mask, where others have two.
+
+    For two loops there are not enough registers beside large heads.
+    """
+    return head_dim > 64
+
+
+def backward_dq(capability: int, head_dim: int, has_features: bool = False) -> Tile:
+    """The tile of the kernel of dQ; has_features: softcap, ALiBi or dropout."""
     tile = _find(_BACKWARD_DQ, capability, head_dim)
-    if transformed or has_dropout:
-        tile = tile._replace(block_n=min(tile.block_n, 64))
-    return tile
+    return tile._replace(block_n=min(tile.block_n, 64)) if has_features else tile
 
 
 @functools.cache
 def has_descriptors(capability: int) -> bool:
     """Whether kernels may read through tensor descriptors: Hopper's copy engine, and Triton 3.6."""
-    version = importlib.metadata.version("triton").split(".")[:2]
-    return family(capability) == 90 and tuple(map(int, version)) >= (3, 6)
+    if family(capability) != 90:
+        return False
+    import triton
+
+    return tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 6)

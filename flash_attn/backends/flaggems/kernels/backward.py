@@ -19,7 +19,8 @@ instead of pointers, which Hopper's copy engine reads. Addresses take no registe
 heads of one piece, dense inputs, and calls in which every row sees a key, so that there is nothing
 to hide from the products but what lies outside of the tensor.
 
-Both walk over the blocks that a mask cuts first, and then over the others without a mask. Bound by
+Both walk over the blocks that a mask cuts first, and then over the others without a mask; with
+MASKS_ALL backward_dkdv masks all in one loop, which takes fewer registers than two. Bound by
 the tensor cores, and at small head dimensions as much by the exponentials and what surrounds them.
 """
 
@@ -344,6 +345,7 @@ def backward_dkdv(
     HAS_ALIBI: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
+    MASKS_ALL: tl.constexpr,
     UNIT: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     D0: tl.constexpr,
@@ -425,6 +427,9 @@ def backward_dkdv(
             full_end = tl.minimum(tl.maximum(full_end // BLOCK_M, full_begin), end)
         else:
             full_end = end
+        if MASKS_ALL:
+            full_begin = end
+            full_end = end
         num_masked = full_begin - begin + end - full_end
 
         if not DESCRIPTORS:
@@ -452,20 +457,21 @@ def backward_dkdv(
                         first_key, row_begin, row_end, offset, window_left, window_right,
                         score_scale, softcap, slope,
                         key0, key1, dropout_threshold, dropout_scale, batch, head,
-                        True, DESCRIPTORS, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_ALIBI, HAS_DROPOUT,
-                        HEAD_DIM, D0, D1, BLOCK_M, BLOCK_N,
+                        True, DESCRIPTORS, HAS_LEFT, HAS_RIGHT,
+                        HAS_SOFTCAP, HAS_ALIBI, HAS_DROPOUT, HEAD_DIM, D0, D1, BLOCK_M, BLOCK_N,
                     )  # fmt: skip
-            for block in range(full_begin, full_end):
-                dk0, dk1, dv0, dv1 = _add_rows(
-                    dk0, dk1, dv0, dv1, k0, k1, v0, v1, q, dout, workspace, minus_d,
-                    q_offsets0, q_offsets1, dout_offsets0, dout_offsets1,
-                    q_row_stride, dout_row_stride, tl.multiple_of(block * BLOCK_M, BLOCK_M),
-                    first_key, row_begin, row_end, offset, window_left, window_right,
-                    score_scale, softcap, slope,
-                    key0, key1, dropout_threshold, dropout_scale, batch, head,
-                    False, DESCRIPTORS, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_ALIBI, HAS_DROPOUT,
-                    HEAD_DIM, D0, D1, BLOCK_M, BLOCK_N,
-                )  # fmt: skip
+            if not MASKS_ALL:
+                for block in range(full_begin, full_end):
+                    dk0, dk1, dv0, dv1 = _add_rows(
+                        dk0, dk1, dv0, dv1, k0, k1, v0, v1, q, dout, workspace, minus_d,
+                        q_offsets0, q_offsets1, dout_offsets0, dout_offsets1,
+                        q_row_stride, dout_row_stride, tl.multiple_of(block * BLOCK_M, BLOCK_M),
+                        first_key, row_begin, row_end, offset, window_left, window_right,
+                        score_scale, softcap, slope,
+                        key0, key1, dropout_threshold, dropout_scale, batch, head,
+                        False, DESCRIPTORS, HAS_LEFT, HAS_RIGHT,
+                        HAS_SOFTCAP, HAS_ALIBI, HAS_DROPOUT, HEAD_DIM, D0, D1, BLOCK_M, BLOCK_N,
+                    )  # fmt: skip
             if not DESCRIPTORS:
                 q += q_head_stride * UNIT
                 dout += dout_head_stride * UNIT
