@@ -129,12 +129,21 @@ class Choice(NamedTuple):
     reason: str
 
 
-_INSTALL = "Install it with pip install 'flash-attn[flaggems]' and the Triton of your accelerator"
-_USE_NATIVE = f"set {ENVIRONMENT_VARIABLE}=FALSE to use the native kernels"
+INSTALL = "Install it with pip install 'flash-attn[flaggems]' and the Triton of your accelerator"
+USE_NATIVE = f"set {ENVIRONMENT_VARIABLE}=FALSE to use the native kernels"
 
 
 def _is_installed(module: str) -> bool:
     return importlib.util.find_spec(module) is not None
+
+
+def what_asks() -> str:
+    """What asks for the backend of accelerators, as the subject of a sentence."""
+    wanted, source = requested()
+    if wanted is None:
+        installed = "installed" if _is_installed("flag_gems") else "not installed"
+        source += f", and FlagGems is {installed}, which"
+    return source
 
 
 def explain(device: torch.device | str) -> Choice:
@@ -142,20 +151,19 @@ def explain(device: torch.device | str) -> Choice:
     device = torch.device(device)
     if device.type == "cpu":
         return Choice("native", "tensors on the CPU are always served by the native backend")
-    wanted, source = requested()
+    wanted, _ = requested()
     installed = _is_installed("flag_gems")
-    if wanted is None:
-        source += f", and FlagGems is {'' if installed else 'not '}installed, which"
+    source = what_asks()
     if wanted == "flaggems" or (wanted is None and installed):
         if not installed:
             failure = "importing flag_gems failed: No module named 'flag_gems'"
             return Choice(
-                None, f"{source} needs FlagGems, but {failure}. {_INSTALL}, or {_USE_NATIVE}"
+                None, f"{source} needs FlagGems, but {failure}. {INSTALL}, or {USE_NATIVE}"
             )
         if not _is_installed("flash_attn.backends.flaggems"):
             failure = "this version of flash_attn does not have it yet"
             return Choice(
-                None, f"{source} asks for the FlagGems backend, but {failure}: {_USE_NATIVE}"
+                None, f"{source} asks for the FlagGems backend, but {failure}: {USE_NATIVE}"
             )
         return Choice("flaggems", f"{source} asks for the FlagGems backend")
     refusal = cuda.refusal(device)
@@ -163,7 +171,7 @@ def explain(device: torch.device | str) -> Choice:
         return Choice("native", f"{source} asks for the native CUDA backend")
     reason = f"{source} asks for the native CUDA backend, but {refusal}"
     if wanted is None:
-        reason += f". FlagGems serves other accelerators. {_INSTALL}"
+        reason += f". FlagGems serves other accelerators. {INSTALL}"
     return Choice(None, reason)
 
 

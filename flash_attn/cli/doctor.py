@@ -4,6 +4,7 @@ Changes nothing, computes one small attention on each device that a backend serv
 with status 0: what is wrong is in the text.
 """
 
+import importlib.util
 import os
 
 import torch
@@ -64,6 +65,18 @@ def gpu_lines(cache):
     return [*lines, ("compiled kernels", f"{cache}: {attempt(lambda: cache_state(cache))}")]
 
 
+def flaggems_lines():
+    """The state of FlagGems, and what its own operator of attention would serve."""
+    from flash_attn.backends.flaggems import policy, runtime
+
+    if importlib.util.find_spec("flag_gems") is None:
+        state = "not installed"
+    else:
+        state = attempt(lambda: runtime.current().describe())
+    table = [(f"own operator, rule {i}", rule) for i, rule in enumerate(policy.describe(), 1)]
+    return [("state", state), *table]
+
+
 def self_test(device):
     """The largest error of a small causal attention against float64, as text."""
     generator = torch.Generator().manual_seed(0)
@@ -92,6 +105,7 @@ def run(arguments):
     section("CPU core", core_lines())
     cache = machine.cache_directory()
     section("GPU kernels", gpu_lines(cache))
+    section("FlagGems", flaggems_lines())
     section("Environment", [(name, os.environ.get(name, "not set")) for name in _VARIABLES])
     for device, name in machine.devices():
         choice = backends.explain(device)

@@ -126,6 +126,6 @@ def broken_rule(request: Request) -> Rule | None:
     return next((rule for rule in RULES if not rule.holds(request)), None)
 
 
-def describe() -> list[tuple[str, str]]:
-    """The table as lines: what FlagGems' operator needs, and why."""
-    return [(rule.needs, f"else ours: {rule.because}") for rule in RULES]
+def describe() -> list[str]:
+    """The table as lines: what FlagGems' operator needs, and why ours serves without it."""
+    return [f"{rule.needs}; else ours: {rule.because}" for rule in RULES]

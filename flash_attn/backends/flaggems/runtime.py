@@ -16,10 +16,7 @@ from typing import Any
 
 import torch
 
-INSTALL = (
-    "Install it with pip install 'flash-attn[flaggems]' and the Triton of your accelerator, or set "
-    "FLASH_ATTENTION_USE_FLAGGEMS=FALSE to use the native kernels."
-)
+from flash_attn import backends
 
 
 class Runtime:
@@ -41,6 +38,14 @@ class Runtime:
     @property
     def is_nvidia(self) -> bool:
         return self.vendor == "nvidia"
+
+    def describe(self) -> str:
+        """What was found, in a line."""
+        version = getattr(self.flag_gems, "__version__", "of unknown version")
+        return (
+            f"FlagGems {version}, Triton {_triton_version()}, vendor {self.vendor}, devices of "
+            f"type {self.device_type}"
+        )
 
     def entry(self, kernel: Any) -> Any:
         """What launches a kernel.
@@ -95,8 +100,8 @@ def _load() -> Runtime:
         flag_gems = importlib.import_module("flag_gems")
     except ImportError as error:
         raise ImportError(
-            "flash_attn: FLASH_ATTENTION_USE_FLAGGEMS=TRUE needs FlagGems, but importing flag_gems "
-            f"failed: {error}. {INSTALL}"
+            f"flash_attn: {backends.what_asks()} needs FlagGems, but importing flag_gems failed: "
+            f"{error}. {backends.INSTALL}, or {backends.USE_NATIVE}."
         ) from error
     except Exception as error:
         raise _failure("importing flag_gems", error) from error
