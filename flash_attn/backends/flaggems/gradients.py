@@ -122,7 +122,7 @@ def _prepare(shapes, tensors, sequences, dsoftmax_lse, lse_factor):
     )
     unit = operand_unit(out, dout)
     width = 1 << (shapes.head_dim - 1).bit_length()
-    block = min(ROW_ALIGNMENT.value, max(8192 // width, 32))
+    block = min(ROW_ALIGNMENT.value, max(4096 // width, 16))
     num_tiles = -(-shapes.seqlen_q // ROW_ALIGNMENT.value) * (ROW_ALIGNMENT.value // block)
     row_programs = shapes.batch * shapes.num_heads * num_tiles
     gap_programs = _GAP_PROGRAMS if varlen else 0
@@ -247,7 +247,7 @@ def backward(
     described = constants["DESCRIPTORS"]
     tile = tiles.backward_dkdv(capability, d0 + d1, described, masked, has_features)
     num_tiles, pairs = -(-shapes.seqlen_k // tile.block_n), shapes.batch * shapes.num_heads_k
-    masks_all = {"MASKS_ALL": masked and tiles.backward_masks_all(d0 + d1)}
+    masks_all = {"MASKS_ALL": masked and tiles.backward_masks_all(capability, d0 + d1)}
     run(backward_dkdv, (dk, dv), (q, dout), tile.block_m, tile, num_tiles, pairs, masks_all)
     tile = tiles.backward_dq(capability, d0 + d1, has_features)
     num_tiles, pairs = -(-shapes.seqlen_q // tile.block_m), shapes.batch * shapes.num_heads

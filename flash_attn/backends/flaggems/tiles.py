@@ -98,11 +98,13 @@ _BACKWARD_DKDV = {
     80: (
         (64, Tile(64, 128, 8, 2)),
         (128, Tile(64, 64, 8, 2)),
+        (192, Tile(16, 64, 8, 2)),
         (256, Tile(32, 64, 8, 2)),
     ),
     86: (
         (64, Tile(64, 128, 8, 2)),
         (128, Tile(64, 64, 8, 2)),
+        (192, Tile(16, 64, 8, 2)),
         (256, Tile(32, 32, 8, 1)),
     ),
     0: (
@@ -156,12 +158,12 @@ def backward_dkdv(
     return tile
 
 
-def backward_masks_all(head_dim: int) -> bool:
+def backward_masks_all(capability: int, head_dim: int) -> bool:
     """Whether the kernel of dK and dV has one loop, with a mask, where others have two.
 
-    For two loops there are not enough registers beside large heads.
+    For two loops there are not enough registers beside large heads, or addresses.
     """
-    return head_dim > 64
+    return head_dim > 64 or family(capability) != 90
 
 
 def backward_dq(capability: int, head_dim: int, has_features: bool = False) -> Tile:

@@ -143,85 +143,56 @@ def prepare(
             workspace += head * 2 * workspace_rows
             tl.store(workspace + row_of_workspace, -lse * lse_factor)
             tl.store(workspace + workspace_rows + row_of_workspace, -d)
-    else:
+    elif IS_VARLEN:
         program -= num_row_programs
         begin_q = clamped(tl.load(cu_seqlens_q).to(tl.int64), total_q)
         end_q = clamped(tl.load(cu_seqlens_q + batches).to(tl.int64), total_q)
         begin_k = clamped(tl.load(cu_seqlens_k).to(tl.int64), total_k)
         end_k = clamped(tl.load(cu_seqlens_k + batches).to(tl.int64), total_k)
-        for i in range(num_heads):
-            head = program * 0 + i
-            x = dq + head * dq_head_stride
-            zero_rows(
-                x, dq_row_stride, 0, begin_q, program, num_gap_programs, HEAD_DIM, D_PADDED, BLOCK
-            )
-            zero_rows(
-                x,
-                dq_row_stride,
-                end_q,
-                total_q,
-                program,
-                num_gap_programs,
-                HEAD_DIM,
-                D_PADDED,
-                BLOCK,
-            )
-            x = softmax_d + head * softmax_d_head_stride
-            zero_rows(x, 1, 0, begin_q, program, num_gap_programs, 1, 1, BLOCK)
-            zero_rows(x, 1, end_q, total_q, program, num_gap_programs, 1, 1, BLOCK)
-        for i in range(num_heads_k):
-            head = program * 0 + i
-            x = dk + head * dk_head_stride
-            zero_rows(
-                x, dk_row_stride, 0, begin_k, program, num_gap_programs, HEAD_DIM, D_PADDED, BLOCK
-            )
-            zero_rows(
-                x,
-                dk_row_stride,
-                end_k,
-                total_k,
-                program,
-                num_gap_programs,
-                HEAD_DIM,
-                D_PADDED,
-                BLOCK,
-            )
-            x = dv + head * dv_head_stride
-            zero_rows(
-                x, dv_row_stride, 0, begin_k, program, num_gap_programs, HEAD_DIM, D_PADDED, BLOCK
-            )
-            zero_rows(
-                x,
-                dv_row_stride,
-                end_k,
-                total_k,
-                program,
-                num_gap_programs,
-                HEAD_DIM,
-                D_PADDED,
-                BLOCK,
-            )
+        zero_outside(
+            dq, dq_row_stride, dq_head_stride, num_heads, begin_q, end_q, total_q,
+            program, num_gap_programs, HEAD_DIM, D_PADDED,
+        )  # fmt: skip
+        zero_outside(
+            softmax_d, 1, softmax_d_head_stride, num_heads, begin_q, end_q, total_q,
+            program, num_gap_programs, 1, 1,
+        )  # fmt: skip
+        zero_outside(
+            dk, dk_row_stride, dk_head_stride, num_heads_k, begin_k, end_k, total_k,
+            program, num_gap_programs, HEAD_DIM, D_PADDED,
+        )  # fmt: skip
+        zero_outside(
+            dv, dv_row_stride, dv_head_stride, num_heads_k, begin_k, end_k, total_k,
+            program, num_gap_programs, HEAD_DIM, D_PADDED,
+        )  # fmt: skip
 
 
 @triton.jit
-def zero_rows(
+def zero_outside(
     x,
     row_stride,
+    head_stride,
+    num_heads,
     begin,
     end,
+    total,
     program,
     num_programs,
     HEAD_DIM: tl.constexpr,
     D_PADDED: tl.constexpr,
-    BLOCK: tl.constexpr,
 ):
-    """A program's share of the rows [begin, end) of x, row_stride elements apart."""
+    """A program's share of the rows of x (rows, h, d) outside of [begin, end), 0 to total."""
+    step = tl.arange(0, 16)
     column = tl.arange(0, D_PADDED)
-    for start in range(begin + program * BLOCK, end, num_programs * BLOCK):
-        row = start + tl.arange(0, BLOCK)
+    outside = begin + total - end
+    for start in range(program * 16, outside, num_programs * 16):
+        row = start + step
+        row = tl.where(row < begin, row, row - begin + end)
         address = x + row[:, None] * row_stride + column[None, :]
-        zero = tl.zeros([BLOCK, D_PADDED], x.dtype.element_ty)
-        tl.store(address, zero, (row[:, None] < end) & (column[None, :] < HEAD_DIM))
+        mask = (row[:, None] < total) & (column[None, :] < HEAD_DIM)
+        for _ in range(num_heads):
+            tl.store(address, tl.zeros([16, D_PADDED], x.dtype.element_ty), mask)
+            address += head_stride
 
 
 SINK_NUMBERS = [
