@@ -176,7 +176,7 @@ def backward(
         softmax_d = torch.empty(softmax_lse.shape, dtype=torch.float32, device=q.device)
     softcap, slopes, dropout_p = options.softcap, options.alibi_slopes, options.dropout_p
     if softcap > 0:
-        lse_factor, score_scale = LOG2E, options.softmax_scale / softcap
+        lse_factor, score_scale = LOG2E, options.softmax_scale * LOG2E * 2.0 / softcap
     else:
         scale = options.softmax_scale if abs(options.softmax_scale) > _MIN_SCALE else _MIN_SCALE
         lse_factor, score_scale = 1.0 / scale, scale * LOG2E
