@@ -36,6 +36,7 @@ from flash_attn.backends.flaggems.kernels.common import (
     any_visible_keys,
     clamped,
     dropout_keeps,
+    dropout_keeps_transposed,
     dropout_key,
     rows_of_sequence,
     visible,
@@ -244,13 +245,11 @@ def _add_rows(
         p = tl.where(hidden, 0.0, p)
     weight = p
     if HAS_DROPOUT:
-        keeps = tl.trans(
-            dropout_keeps(
-                key0, key1, dropout_threshold, batch, head, start, first_key, BLOCK_M, BLOCK_N
-            )
+        keeps = dropout_keeps_transposed(
+            key0, key1, dropout_threshold, batch, head, start, first_key, BLOCK_M, BLOCK_N
         )
         weight = tl.where(keeps, p, 0.0)
-        dp = tl.where(keeps, dp * dropout_scale, 0.0) + minus_d[None, :]
+        dp = tl.where(keeps, dp, 0.0) * dropout_scale + minus_d[None, :]
     weight = weight.to(dout0.dtype)
     dv0 = tl.dot(weight, dout0, dv0)
     if D1 > 0:
@@ -579,7 +578,7 @@ def _add_keys(
         keeps = dropout_keeps(
             key0, key1, dropout_threshold, batch, head, first_row, start, BLOCK_M, BLOCK_N
         )
-        dp = tl.where(keeps, dp * dropout_scale, 0.0)
+        dp = tl.where(keeps, dp, 0.0) * dropout_scale
     ds = p * (dp + minus_d[:, None])
     if HAS_SOFTCAP:
         ds = ds * (1.0 - capped * capped)

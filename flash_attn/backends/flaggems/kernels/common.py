@@ -6,7 +6,7 @@ Only Triton is imported here and in the other files of this directory, and nothi
 Conventions of all kernels:
 
 - Parameters are pointers, then strides, then lengths and numbers, then `constexpr` flags and tiles.
-- A tensor that is not given arrives as any pointer, with its flag off.
+- A tensor that is not given arrives as None or as any pointer, with its flag off.
 - Strides are int64 and counted in units of UNIT elements of the operand (`operand_unit` in
   launch.py): what the compiler has to know to move 16 bytes at once is a flag, not a
   specialisation on the number.
@@ -105,6 +105,39 @@ def dropout_keeps(
     keeps = tl.reshape(keeps, [ROWS // 16, 8, COLUMNS // 32, 8, 2, 2, 2])
     keeps = tl.permute(keeps, [0, 4, 1, 2, 5, 6, 3])
     return tl.reshape(keeps, [ROWS, COLUMNS]) != 0
+
+
+@triton.jit
+def dropout_keeps_transposed(
+    k0, k1, threshold, batch, head, row, column, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
+    """The transpose of dropout_keeps: int1 (COLUMNS, ROWS).
+
+    In an accumulator of tensor cores whose rows are columns of the mask, a thread has c and c + 8,
+    but c + 16 and c + 24 are in the next warp. So every block of Philox is computed for both, and
+    the tile is put together by broadcasts, which needs no exchange between threads.
+    """
+    eight = tl.arange(0, 8)
+    of_columns = tl.arange(0, COLUMNS // 16)
+    of_rows = tl.arange(0, ROWS // 16)
+    zero = tl.zeros([COLUMNS // 16, 8, ROWS // 16, 8], tl.int32)
+    c0 = (row // 2 + of_rows * 8)[None, None, :, None] + eight[None, None, None, :] + zero
+    c1 = (column // 4 + of_columns // 2 * 8)[:, None, None, None] + eight[None, :, None, None]
+    w0, w1, w2, w3 = philox(
+        c0.to(tl.uint32),
+        (c1 + zero).to(tl.uint32),
+        zero.to(tl.uint32) + head.to(tl.uint32),
+        zero.to(tl.uint32) + batch.to(tl.uint32),
+        k0,
+        k1,
+    )
+    second = (of_columns % 2 == 1)[:, None, None, None]
+    near = tl.where(second, w2, w0)[:, None, :, :, None, :]
+    far = tl.where(second, w3, w1)[:, None, :, :, None, :]
+    upper = tl.arange(0, 2) == 1
+    word = tl.where(upper[None, :, None, None, None, None], far, near)
+    number = tl.where(upper[None, None, None, None, :, None], word >> 16, word & 0xFFFF)
+    return tl.reshape(number.to(tl.int32) < threshold, [COLUMNS, ROWS])
 
 
 @triton.jit
