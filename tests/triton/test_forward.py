@@ -18,7 +18,7 @@ from checks import (
 
 import flash_attn
 from flash_attn.backends import Options, flaggems
-from flash_attn.backends.flaggems import attention
+from flash_attn.backends.flaggems import attention, plan
 
 FEATURES = {
     "dtype": (FP32, FP16),
@@ -123,10 +123,10 @@ def test_split_keys(heads, sq, splits):
 
 def test_number_of_splits_is_that_of_the_core():
     """From the fewest that reach the least time; without units to fill there is one."""
-    assert attention.plan_splits(1000, 4096, 132, 64) == 1
-    assert attention.plan_splits(1, 64, 132, 64) == 1
-    assert 16 <= attention.plan_splits(1, 65536, 132, 64) <= 132
-    assert attention.plan_splits(1, 10**6, 10**4, 64) <= attention.MAX_SPLITS
+    assert plan.plan_splits(1000, 4096, 132, 64) == 1
+    assert plan.plan_splits(1, 64, 132, 64) == 1
+    assert 16 <= plan.plan_splits(1, 65536, 132, 64) <= 132
+    assert plan.plan_splits(1, 10**6, 10**4, 64) <= plan.MAX_SPLITS
 
 
 def test_numbers_that_are_not_finite():

@@ -26,25 +26,36 @@ def pieces(head_dim: int) -> tuple[int, int]:
     return (half, rest) if half >= 16 and half + rest < whole else (whole, 0)
 
 
-def operand_unit(*operands: Tensor) -> int:
+def unit_of(*strides: tuple[int, ...]) -> int:
     """The unit in which the strides of operands are counted, in elements.
 
-    8 where all of them are multiples of it, so that 16 bytes move at once, otherwise 1.
+    8 where all of them are multiples of it, so that 16 bytes move at once, otherwise 1. The last
+    stride of an operand is not looked at: it is 1.
     """
-    for x in operands:
-        for stride in x.stride()[:-1]:
+    for of_operand in strides:
+        for stride in of_operand[:-1]:
             if stride % 8:
                 return 1
     return 8
 
 
-def strides(x: Tensor, unit: int = 1) -> tuple[int, int, int]:
+def leading_strides(strides: tuple[int, ...], unit: int = 1) -> tuple[int, int, int]:
     """Of batch (or page), row and head in `unit`s; a batch stride of 0 for (rows, heads, d)."""
-    if x.dim() == 3:
-        row, head, _ = x.stride()
+    if len(strides) == 3:
+        row, head, _ = strides
         return 0, row // unit, head // unit
-    batch, row, head, _ = x.stride()
+    batch, row, head, _ = strides
     return batch // unit, row // unit, head // unit
+
+
+def operand_unit(*operands: Tensor) -> int:
+    """`unit_of` tensors."""
+    return unit_of(*(x.stride() for x in operands))
+
+
+def strides(x: Tensor, unit: int = 1) -> tuple[int, int, int]:
+    """`leading_strides` of a tensor."""
+    return leading_strides(x.stride(), unit)
 
 
 def dropout_numbers(dropout_p: float) -> tuple[int, float]:
@@ -73,6 +84,24 @@ def check_lengths(*lengths: int) -> None:
         )
 
 
+# Kernels that Triton has compiled on NVIDIA GPUs, by all that it specialises on, and the values of
+# their constants. Its own search for one takes longer than the rest of a small call.
+_compiled: dict[tuple, tuple[Any, tuple]] = {}
+
+
+def _kinds(arguments: tuple) -> list:
+    """What of its arguments a kernel is specialised on; numbers, which come last, are not."""
+    kinds = []
+    for x in arguments:
+        if isinstance(x, Tensor):
+            kinds.append(x.dtype if x.data_ptr() % 16 == 0 else (x.dtype,))
+        elif isinstance(x, (int, float)):
+            break
+        else:
+            kinds.append(None if x is None else (x.base.dtype, *x.block_shape))  # a descriptor
+    return kinds
+
+
 def launch(
     kernel: Any,
     programs: int,
@@ -81,13 +110,30 @@ def launch(
     constants: dict[str, Any],
     tile: Tile,
 ) -> None:
-    """Runs a kernel in so many programs, on the current stream of the device."""
+    """Runs a kernel in so many programs, on the current stream of the device.
+
+    Arguments:
+        arguments: tensors, tensor descriptors and None, then numbers, in the kernel's order.
+        constants: its constexpr parameters, all of them.
+    """
     if programs == 0:
         return
     if programs >= 2**31:
         raise RuntimeError(f"The call needs {programs} programs, more than a launch can have")
     where = runtime.current()
+    grid = (programs, 1, 1)
     with where.guard(device):
-        where.entry(kernel)[(programs,)](
+        key = None
+        if where.is_nvidia:
+            key = (id(kernel), device.index, tile[2:], *constants.values(), *_kinds(arguments))
+            found = _compiled.get(key)
+            if found is not None:
+                compiled, values = found
+                compiled[grid](*arguments, *values)
+                return
+        compiled = where.entry(kernel)[grid](
             *arguments, **constants, num_warps=tile.num_warps, num_stages=tile.num_stages
         )
+        if key is not None and compiled is not None:
+            names = kernel.arg_names[len(arguments) :]
+            _compiled[key] = compiled, tuple(constants[name] for name in names)

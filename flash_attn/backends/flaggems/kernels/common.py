@@ -35,25 +35,18 @@ PHILOX_WEYL_1 = tl.constexpr(0xBB67AE85)
 
 
 @triton.jit
-def _high_product(a, b):
-    """The upper 32 bits of the product of two uint32."""
-    return ((a.to(tl.uint64) * b.to(tl.uint64)) >> 32).to(tl.uint32)
-
-
-@triton.jit
 def philox(c0, c1, c2, c3, k0, k1):
     """Philox-4x32 with 7 rounds: four uint32 from four, and a key of two."""
-    multiplier0 = tl.full([], PHILOX_MULTIPLIER_0, tl.uint32)
-    multiplier1 = tl.full([], PHILOX_MULTIPLIER_1, tl.uint32)
+    multiplier0 = tl.full([], PHILOX_MULTIPLIER_0, tl.uint64)
+    multiplier1 = tl.full([], PHILOX_MULTIPLIER_1, tl.uint64)
     for _ in tl.static_range(PHILOX_ROUNDS):
-        high0 = _high_product(c0, multiplier0)
-        high1 = _high_product(c2, multiplier1)
-        low0 = c0 * multiplier0
-        low1 = c2 * multiplier1
-        c0 = high1 ^ c1 ^ k0
-        c1 = low1
-        c2 = high0 ^ c3 ^ k1
-        c3 = low0
+        # One multiplication for both halves of a product.
+        product0 = c0.to(tl.uint64) * multiplier0
+        product1 = c2.to(tl.uint64) * multiplier1
+        c0 = (product1 >> 32).to(tl.uint32) ^ c1 ^ k0
+        c1 = product1.to(tl.uint32)
+        c2 = (product0 >> 32).to(tl.uint32) ^ c3 ^ k1
+        c3 = product0.to(tl.uint32)
         k0 = k0 + tl.full([], PHILOX_WEYL_0, tl.uint32)
         k1 = k1 + tl.full([], PHILOX_WEYL_1, tl.uint32)
     return c0, c1, c2, c3

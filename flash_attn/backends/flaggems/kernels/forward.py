@@ -358,13 +358,15 @@ def attention_forward(
     q_address = q + sequence * (q_batch_stride * UNIT) + q_row[:, None]
     k += head_k * (k_head_stride * UNIT)
     v += head_k * (v_head_stride * UNIT)
-    if not PAGED:
+    pages = block_table
+    if PAGED:
+        pages += sequence * table_stride
+    else:
         cache_row = sequence
         if HAS_BATCH_IDX:
             cache_row = clamped(tl.load(cache_batch_idx + sequence), cache_rows - 1).to(tl.int64)
         k += cache_row * (k_batch_stride * UNIT) + first * (k_row_stride * UNIT)
         v += cache_row * (v_batch_stride * UNIT) + first * (v_row_stride * UNIT)
-    pages = block_table + sequence * table_stride
     q0 = load_pieces(q_address, valid, D0, E0)
     q1 = q0
     if D1 > 0:

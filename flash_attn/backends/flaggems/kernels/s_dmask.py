@@ -163,12 +163,14 @@ def write_s_dmask(
     offset = num_keys - num_queries
     query = row_begin + tl.arange(0, BLOCK_M)
     k += head // group_size * (k_head_stride * UNIT)
-    if not PAGED:
+    pages = block_table
+    if PAGED:
+        pages += sequence * table_stride
+    else:
         cache_row = sequence
         if HAS_BATCH_IDX:
             cache_row = clamped(tl.load(cache_batch_idx + sequence), cache_rows - 1).to(tl.int64)
         k += cache_row * (k_batch_stride * UNIT) + first * (k_row_stride * UNIT)
-    pages = block_table + sequence * table_stride
     q_row = (q_begin + query) * (q_row_stride * UNIT) + head * (q_head_stride * UNIT)
     q_address = q + sequence * (q_batch_stride * UNIT) + q_row[:, None]
     E0: tl.constexpr = D0 if D0 < HEAD_DIM else HEAD_DIM

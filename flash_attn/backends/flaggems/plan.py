@@ -1,0 +1,235 @@
+"""What a forward call launches: a pure function of its shapes, strides and options.
+
+Nothing here looks at memory, so that equal calls share one plan, which is found again by hashing
+the call.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+from flash_attn.backends.flaggems import tiles
+from flash_attn.backends.flaggems.launch import (
+    LOG2E,
+    check_lengths,
+    dropout_numbers,
+    leading_strides,
+    pieces,
+    unit_of,
+    window,
+)
+
+MAX_SPLITS = 128
+# Rows that one tile of the kernel for few rows has at most.
+MOST_FEW_ROWS = 64
+
+
+class Call(NamedTuple):
+    """A forward call without its memory.
+
+    Attributes:
+        capability, num_units: of the device, see `Runtime`.
+        q_shape, k_shape: of the tensors.
+        q_strides, k_strides, v_strides, out_strides, lse_strides: of the tensors, in elements.
+        batch: number of sequences.
+        seqlen_q, seqlen_k: rows of each sequence, of the longest where lengths vary.
+        seqlen_new: keys beyond those that seqused counts.
+        num_splits: parts of the keys; 0 leaves it to the plan.
+        softmax_scale, causal, window_left, window_right, softcap, dropout_p: as in `Options`.
+        slopes_strides, s_aux_stride, table_stride: None where there is no such tensor.
+        varlen_q, varlen_k, has_seqused, has_leftpad, has_batch_idx: which tensors are given.
+    """
+
+    capability: int
+    num_units: int
+    q_shape: tuple[int, ...]
+    k_shape: tuple[int, ...]
+    q_strides: tuple[int, ...]
+    k_strides: tuple[int, ...]
+    v_strides: tuple[int, ...]
+    out_strides: tuple[int, ...]
+    lse_strides: tuple[int, ...]
+    batch: int
+    seqlen_q: int
+    seqlen_k: int
+    seqlen_new: int
+    num_splits: int
+    softmax_scale: float
+    causal: bool
+    window_left: int
+    window_right: int
+    softcap: float
+    dropout_p: float
+    slopes_strides: tuple[int, ...] | None
+    s_aux_stride: int | None
+    table_stride: int | None
+    varlen_q: bool
+    varlen_k: bool
+    has_seqused: bool
+    has_leftpad: bool
+    has_batch_idx: bool
+
+
+class Plan(NamedTuple):
+    """What to launch for a call.
+
+    Attributes:
+        programs, numbers, constants, tile: of the forward kernel; numbers are its arguments behind
+            the tensors.
+        num_splits: parts of the keys; above 1 they are combined.
+        rows: query rows, that is programs of the kernel that combines.
+        combine_numbers, combine_constants: of that kernel.
+    """
+
+    programs: int
+    numbers: tuple
+    constants: dict[str, Any]
+    tile: tiles.Tile
+    num_splits: int
+    rows: int
+    combine_numbers: tuple
+    combine_constants: dict[str, Any]
+
+
+def plan_splits(num_items: int, num_keys: int, num_units: int, block_n: int) -> int:
+    """The number of parts into which keys are split, as src/attention/split.cpp chooses it.
+
+    The time of the longest unit, in keys, is waves * (keys of a part + cost); the fewest parts that
+    reach the least of it.
+
+    Arguments:
+        num_items: programs that there are without splitting.
+        num_units: how many of them the device runs at once.
+    """
+    cost = 128
+    most = max(1, min(-(-num_keys // block_n), num_units, MAX_SPLITS))
+    best, best_time = 1, None
+    for splits in range(1, most + 1):
+        waves = -(-num_items * splits // num_units)
+        keys = -(-num_keys // (splits * block_n)) * block_n
+        time = waves * (keys + (cost if splits > 1 else 0))
+        if best_time is None or time < best_time:
+            best, best_time = splits, time
+    return best
+
+
+@functools.lru_cache(maxsize=4096)
+def plan_forward(call: Call) -> Plan:
+    """The plan of a call that has sequences and query rows.
+
+    Raises:
+        RuntimeError: a sequence is longer than the kernels can count.
+    """
+    check_lengths(call.seqlen_q, call.seqlen_k)
+    num_heads, head_dim = call.q_shape[-2:]
+    group_size = num_heads // call.k_shape[-2]
+    has_dropout = call.dropout_p > 0
+    paged = call.table_stride is not None
+    left, right = window(call, call.seqlen_q, call.seqlen_k)
+    d0, d1 = pieces(head_dim)
+
+    # Rows of a key head's query heads side by side, where they fit in one tile.
+    rows = call.seqlen_q * group_size
+    few = rows <= MOST_FEW_ROWS and not has_dropout
+    packed = few and group_size > 1
+    if few:
+        tile = tiles.few_rows(call.capability, d0 + d1, rows)
+    else:
+        rows = call.seqlen_q
+        tile = tiles.forward(call.capability, d0 + d1, has_dropout)
+    heads = call.k_shape[-2] if packed else num_heads
+    num_tiles = -(-rows // tile.block_m)
+    splits = 1
+    if few and call.num_splits > 0:
+        splits = min(call.num_splits, MAX_SPLITS)
+    elif few:
+        visible = call.seqlen_k
+        if left >= 0 and right >= 0:
+            visible = min(visible, call.seqlen_q + left + right)
+        # Two programs share a multiprocessor.
+        items = call.batch * heads * num_tiles
+        splits = plan_splits(items, visible, 2 * call.num_units, tile.block_n)
+
+    unit = unit_of(call.q_strides, call.k_strides, call.v_strides, call.out_strides)
+    lse_strides = (0, *call.lse_strides) if call.varlen_q else call.lse_strides
+    slopes_strides = call.slopes_strides or (0,)
+    has_slopes, has_sink = call.slopes_strides is not None, call.s_aux_stride is not None
+    softcap, scale = call.softcap, call.softmax_scale
+    total_q = call.q_shape[0] if call.varlen_q else 0
+    numbers = (
+        *leading_strides(call.q_strides, unit),
+        *leading_strides(call.k_strides, unit),
+        *leading_strides(call.v_strides, unit),
+        *leading_strides(call.out_strides, unit),
+        *lse_strides[:2],
+        call.table_stride or 0,
+        slopes_strides[0] if len(slopes_strides) == 2 else 0,
+        slopes_strides[-1],
+        call.s_aux_stride or 0,
+        call.batch,
+        num_heads,
+        group_size,
+        call.seqlen_q,
+        call.seqlen_k,
+        call.seqlen_new,
+        total_q,
+        call.k_shape[0] if call.varlen_k else 0,
+        call.k_shape[1] if paged else 1,
+        call.k_shape[0] if paged else 1,
+        call.k_shape[0],
+        num_tiles,
+        splits,
+        max(left, 0),
+        max(right, 0),
+        scale / softcap if softcap > 0 else scale * LOG2E,
+        softcap * LOG2E,
+        *dropout_numbers(call.dropout_p),
+    )
+    constants = {
+        "UNIT": unit,
+        "VARLEN_Q": call.varlen_q,
+        "VARLEN_K": call.varlen_k,
+        "HAS_SEQUSED": call.has_seqused,
+        "HAS_LEFTPAD": call.has_leftpad,
+        "HAS_BATCH_IDX": call.has_batch_idx,
+        "PAGED": paged,
+        "PACKED": packed,
+        "SPLIT": splits > 1,
+        "HAS_LEFT": left >= 0,
+        "HAS_RIGHT": right >= 0,
+        "HAS_SOFTCAP": softcap > 0,
+        "HAS_ALIBI": has_slopes,
+        "HAS_SINK": has_sink,
+        "HAS_DROPOUT": has_dropout,
+        "TRANSFORMED": softcap > 0 or has_slopes or not scale > 0,
+        "HEAD_DIM": head_dim,
+        "D0": d0,
+        "D1": d1,
+        "BLOCK_M": tile.block_m,
+        "BLOCK_N": tile.block_n,
+    }
+    combine_numbers = (
+        *leading_strides(call.out_strides),
+        *lse_strides[:2],
+        call.s_aux_stride or 0,
+        *(call.batch, num_heads, group_size, call.seqlen_q, total_q, splits),
+    )
+    combine_constants = {
+        "VARLEN_Q": call.varlen_q,
+        "PACKED": packed,
+        "HAS_SINK": has_sink,
+        "HEAD_DIM": head_dim,
+        "BLOCK_D": d0 if d1 == 0 else 2 * d0,
+        "MAX_SPLITS": MAX_SPLITS,
+    }
+    return Plan(
+        call.batch * heads * splits * num_tiles,
+        numbers,
+        constants,
+        tile,
+        splits,
+        call.batch * heads * rows,
+        combine_numbers,
+        combine_constants,
+    )

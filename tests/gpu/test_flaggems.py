@@ -1,0 +1,115 @@
+"""What FlagGems' own attention does that our table of requests keeps from users, on a GPU.
+
+A test that fails says that FlagGems has changed: the rule of policy.py that it shows can go.
+"""
+
+import importlib.util
+
+import pytest
+import torch
+
+import flash_attn
+from flash_attn import use_backend
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("flag_gems") is None, reason="needs FlagGems"
+)
+
+
+def tensors(sq, sk, heads=2, head_dim=64):
+    shapes = ((1, sq, heads, head_dim), (1, sk, heads, head_dim), (1, sk, heads, head_dim))
+    return [torch.randn(shape, dtype=torch.float16) for shape in shapes]
+
+
+def own(q, k, v, causal=False, dropout_p=0.0, left=None, right=None):
+    """FlagGems' output."""
+    import flag_gems
+
+    return flag_gems.flash_attention_forward(
+        *(q, k, v, None, None, q.shape[1], k.shape[1], dropout_p, causal, False),
+        scale=q.shape[-1] ** -0.5,
+        window_size_left=left,
+        window_size_right=right,
+        disable_splitkv=True,
+    )[0]
+
+
+def ours(*tensors, **options):
+    with use_backend("flaggems"):
+        return flash_attn.flash_attn_func(*tensors, **options)
+
+
+def close(x, y):
+    return torch.allclose(x.float(), y.float(), atol=5e-3, rtol=5e-3)
+
+
+@pytest.mark.parametrize("sq", (128, 256))
+def test_it_is_right_where_the_table_says_so(sq):
+    q, k, v = tensors(sq, 384)
+    assert close(own(q, k, v), ours(q, k, v))
+    assert close(own(q, k, v, causal=True), ours(q, k, v, causal=True))
+
+
+def test_it_loses_keys_of_the_last_tile():
+    q, k, v = tensors(200, 200)
+    assert not close(own(q, k, v, causal=True), ours(q, k, v, causal=True))
+
+
+def test_it_ignores_a_window_of_one_side():
+    q, k, v = tensors(128, 256)
+    assert not close(own(q, k, v, left=20), ours(q, k, v, window_size=(20, -1)))
+
+
+def test_it_addresses_values_with_the_strides_of_keys():
+    q, k, _ = tensors(128, 128)
+    v = torch.randn(1, 2, 128, 64, dtype=torch.float16).transpose(1, 2)
+    assert not close(own(q, k, v), ours(q, k, v))
+
+
+def test_the_native_backend_and_this_one_agree_bit_for_bit_on_dropout():
+    q, k, v = tensors(150, 170)
+    made = []
+    for backend in ("native", "flaggems"):
+        torch.manual_seed(5)
+        with use_backend(backend):
+            made.append(
+                flash_attn.flash_attn_func(q, k, v, 0.3, causal=True, return_attn_probs=True)
+            )
+    (out, lse, s_dmask), (other_out, other_lse, other_s_dmask) = made
+    assert close(out, other_out) and torch.allclose(lse, other_lse, atol=1e-4)
+    assert torch.equal(torch.signbit(s_dmask), torch.signbit(other_s_dmask))
+
+
+def test_vendors_are_nvidia_here_and_requests_ours():
+    from flash_attn.backends.flaggems import own_operator, runtime
+    from flash_attn.backends.interface import Options
+
+    where = runtime.current()
+    q, k, v = tensors(128, 128)
+    assert where.is_nvidia and where.device_type == "cuda"
+    assert not own_operator.serves(where, q, k, v, Options(0.125), True, True)
+
+
+def test_a_captured_graph_replays():
+    q, k, v = tensors(100, 100)
+    expected = ours(q, k, v, causal=True)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = ours(q, k, v, causal=True)
+    out.zero_()
+    graph.replay()
+    assert torch.equal(out, expected)
+
+
+def test_compiles_as_a_whole():
+    q, k, v = (x.requires_grad_() for x in tensors(64, 64))
+    with use_backend("flaggems"):
+        call = torch.compile(flash_attn.flash_attn_func, fullgraph=True)
+        out = call(q, k, v, causal=True)
+        expected = flash_attn.flash_attn_func(q, k, v, causal=True)
+        assert close(out, expected)
+        gradients = [
+            torch.autograd.grad(x.float().square().sum(), (q, k, v)) for x in (out, expected)
+        ]
+    for x, y in zip(*gradients, strict=True):
+        assert close(x, y)
