@@ -88,8 +88,9 @@ def test_on_hopper(case, masks_all, monkeypatch):
     monkeypatch.setattr(tiles, "backward_dkdv", lambda *_: tiles.Tile(64, 64, 8, 2))
     monkeypatch.setattr(tiles, "backward_masks_all", lambda *_: masks_all)
     described = []
-    make = gradients._descriptor
-    monkeypatch.setattr(gradients, "_descriptor", lambda *x: described.append(x) or make(*x))
+    make = gradients.descriptor
+    monkeypatch.setattr(gradients, "descriptor", lambda *x: described.append(x) or make(*x))
+    monkeypatch.setattr(gradients, "_LEAST_DESCRIBED_ROWS", 1)
     check_backward(case)
     assert bool(described) == (not case.causal or case.sq <= case.sk)
 
@@ -171,6 +172,7 @@ def test_padding_is_not_read(causal, monkeypatch):
 def test_rows_that_see_nothing_may_hold_anything(described, monkeypatch):
     """NaN in rows of q and dout that see no key reaches nothing."""
     monkeypatch.setattr(runtime._runtime, "capability", lambda device: 90 if described else 0)
+    monkeypatch.setattr(gradients, "_LEAST_DESCRIBED_ROWS", 1)
     q, k, v = (torch.randn(1, n, 1, 16) for n in (70, 40, 40))
     q[:, :30] = math.nan
     options = Options(0.25, True)

@@ -18,7 +18,7 @@ from checks import (
 
 import flash_attn
 from flash_attn.backends import Options, flaggems
-from flash_attn.backends.flaggems import attention, plan
+from flash_attn.backends.flaggems import attention, launch, plan, tiles
 
 FEATURES = {
     "dtype": (FP32, FP16),
@@ -56,6 +56,27 @@ SPECIAL = [
 @pytest.mark.parametrize("case", [*_pairs(), *SPECIAL], ids=case_id)
 def test_against_the_reference(case):
     check_forward(case)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(sq=70, sk=100, heads_k=2, causal=True, dtype=FP16),
+        Case(sq=70, sk=70, layout="transposed", head_dim=24, window_size=(20, 5)),
+        Case(batch=1, sq=65, sk=130, layout="interleaved", dtype=FP16, head_dim=128),
+    ],
+    ids=case_id,
+)
+def test_tensor_descriptors(monkeypatch, case):
+    """What is read on Hopper; NaN of other tensors and of what lies around is not."""
+    plan.plan_forward.cache_clear()
+    monkeypatch.setattr(plan, "LEAST_DESCRIBED_KEYS", 1)
+    monkeypatch.setattr(tiles, "has_descriptors", lambda capability: True)
+    made = []
+    monkeypatch.setattr(attention, "descriptor", lambda *x: made.append(x) or launch.descriptor(*x))
+    check_forward(case)
+    assert len(made) == 2
+    plan.plan_forward.cache_clear()
 
 
 @pytest.mark.parametrize(

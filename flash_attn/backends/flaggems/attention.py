@@ -10,7 +10,7 @@ from flash_attn.backends.flaggems import runtime, tiles
 from flash_attn.backends.flaggems.kernels.combine import combine_parts
 from flash_attn.backends.flaggems.kernels.forward import attention_forward
 from flash_attn.backends.flaggems.kernels.s_dmask import write_s_dmask
-from flash_attn.backends.flaggems.launch import launch
+from flash_attn.backends.flaggems.launch import descriptor, launch
 from flash_attn.backends.flaggems.plan import Call, Plan, plan_forward
 from flash_attn.backends.interface import Options, Sequences
 
@@ -104,6 +104,7 @@ def attend(
             v.stride(),
             out.stride(),
             softmax_lse.stride(),
+            (k.data_ptr() | v.data_ptr()) % 16 == 0,
             batch,
             seqlen_q,
             seqlen_k,
@@ -133,11 +134,15 @@ def attend(
         *(cu_seqlens_q, cu_seqlens_k, seqused, leftpad, batch_idx, block_table),
         *(slopes, s_aux, rng_state),
     )
+    keys_of_kernel = k, v
+    if plan.constants["DESCRIPTORS"]:
+        columns = plan.constants["D0"]
+        keys_of_kernel = (descriptor(x, plan.tile.block_n, columns) for x in (k, v))
     launch(
         attention_forward,
         plan.programs,
         device,
-        (q, k, v, out, softmax_lse, partial_out, partial_lse, *optional, *plan.numbers),
+        (q, *keys_of_kernel, out, softmax_lse, partial_out, partial_lse, *optional, *plan.numbers),
         plan.constants,
         plan.tile,
     )
@@ -160,7 +165,7 @@ def _write_s_dmask(q: Tensor, k: Tensor, s_dmask: Tensor, optional: tuple, plan:
     tile = tiles.S_DMASK
     batch, num_heads, num_rows, num_columns = s_dmask.shape
     num_tiles = -(-num_rows // tile.block_m)
-    others = ("PACKED", "SPLIT", "HAS_SINK", "HAS_DROPOUT", "TRANSFORMED")
+    others = ("DESCRIPTORS", "PACKED", "SPLIT", "HAS_SINK", "HAS_DROPOUT", "TRANSFORMED")
     constants = {name: x for name, x in plan.constants.items() if name not in others}
     launch(
         write_s_dmask,

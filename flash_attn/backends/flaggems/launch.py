@@ -58,6 +58,30 @@ def strides(x: Tensor, unit: int = 1) -> tuple[int, int, int]:
     return leading_strides(x.stride(), unit)
 
 
+def is_describable(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
+    """Whether a tensor (b, s, h, d) can have a descriptor if its memory is aligned to 16 bytes."""
+    return all(shape) and all(
+        stride % 8 == 0 and 0 < stride < 2**36
+        for size, stride in zip(shape[:-1], strides[:-1], strict=True)
+        if size > 1
+    )
+
+
+def descriptor(x: Tensor, rows: int, columns: int) -> Any:
+    """Of tiles of rows of one head of a tensor (b, s, h, d), as (b, h, s, d)."""
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    batch, seqlen, num_heads, head_dim = x.shape
+    # The stride of a dimension of one element is any number, but descriptors take only some.
+    strides = [stride if size > 1 else 8 for size, stride in zip(x.shape, x.stride(), strict=True)]
+    return TensorDescriptor(
+        x,
+        [batch, num_heads, seqlen, head_dim],
+        [strides[0], strides[2], strides[1], 1],
+        [1, 1, rows, columns],
+    )
+
+
 def dropout_numbers(dropout_p: float) -> tuple[int, float]:
     """The threshold below which an entry's number keeps it, and what it is scaled by."""
     if dropout_p == 0:

@@ -14,6 +14,7 @@ from flash_attn.backends.flaggems.launch import (
     LOG2E,
     check_lengths,
     dropout_numbers,
+    is_describable,
     leading_strides,
     pieces,
     unit_of,
@@ -23,6 +24,8 @@ from flash_attn.backends.flaggems.launch import (
 MAX_SPLITS = 128
 # Rows that one tile of the kernel for few rows has at most.
 MOST_FEW_ROWS = 64
+# Descriptors are made at every launch, which short calls do not win back.
+LEAST_DESCRIBED_KEYS = 512
 
 
 class Call(NamedTuple):
@@ -32,6 +35,7 @@ class Call(NamedTuple):
         capability, num_units: of the device, see `Runtime`.
         q_shape, k_shape: of the tensors.
         q_strides, k_strides, v_strides, out_strides, lse_strides: of the tensors, in elements.
+        aligned_keys: whether the memory of k and v begins at multiples of 16 bytes.
         batch: number of sequences.
         seqlen_q, seqlen_k: rows of each sequence, of the longest where lengths vary.
         seqlen_new: keys beyond those that seqused counts.
@@ -50,6 +54,7 @@ class Call(NamedTuple):
     v_strides: tuple[int, ...]
     out_strides: tuple[int, ...]
     lse_strides: tuple[int, ...]
+    aligned_keys: bool
     batch: int
     seqlen_q: int
     seqlen_k: int
@@ -112,6 +117,20 @@ def plan_splits(num_items: int, num_keys: int, num_units: int, block_n: int) -> 
         if best_time is None or time < best_time:
             best, best_time = splits, time
     return best
+
+
+def _takes_descriptors(call: Call, head_is_whole: bool) -> bool:
+    """Whether keys and values are read through tensor descriptors."""
+    return (
+        tiles.has_descriptors(call.capability)
+        and call.aligned_keys
+        and head_is_whole
+        and call.seqlen_k >= LEAST_DESCRIBED_KEYS
+        and not (call.varlen_q or call.varlen_k or call.has_seqused or call.has_leftpad)
+        and not (call.has_batch_idx or call.table_stride is not None)
+        and is_describable(call.k_shape, call.k_strides)
+        and is_describable(call.k_shape, call.v_strides)
+    )
 
 
 @functools.lru_cache(maxsize=4096)
@@ -194,6 +213,7 @@ def plan_forward(call: Call) -> Plan:
         "HAS_LEFTPAD": call.has_leftpad,
         "HAS_BATCH_IDX": call.has_batch_idx,
         "PAGED": paged,
+        "DESCRIPTORS": not few and _takes_descriptors(call, d1 == 0),
         "PACKED": packed,
         "SPLIT": splits > 1,
         "HAS_LEFT": left >= 0,

@@ -8,6 +8,8 @@ mask; the ones before them (a window) and after them (the diagonal, the end) wit
 PACKED: the rows of a tile are those of all query heads that share a key head, row r being query
 r // group of head r % group: a decoded token of 8 heads on one key head is 8 rows of one product.
 SPLIT: a program has one of num_splits parts of the keys, and combine.py puts the parts together.
+DESCRIPTORS (Hopper, Triton 3.6): k and v of dense calls are tensor descriptors, whose tiles the
+copy engine moves; that leaves the registers of their addresses to the products.
 
 Bound by the tensor cores for long rows, by the reading of keys for few.
 """
@@ -30,6 +32,7 @@ from flash_attn.backends.flaggems.kernels.rows import (
     fill_unused_rows,
     finish_rows,
     keys_of_sequence,
+    load_described,
     load_keys,
     load_pieces,
     store_pieces,
@@ -82,9 +85,11 @@ def _attend(
     dropout_threshold,
     batch,
     head,
+    head_k,
     row_begin,
     MASKED: tl.constexpr,
     PAGED: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
     HAS_LEFT: tl.constexpr,
     HAS_RIGHT: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
@@ -105,38 +110,19 @@ def _attend(
     E0: tl.constexpr = D0 if D0 < HEAD_DIM else HEAD_DIM
     for start in range(begin, end, BLOCK_N):
         column = start + tl.arange(0, BLOCK_N)
-        k0 = load_keys(
-            k,
-            first,
-            pages,
-            column,
-            num_keys,
-            k_batch_stride,
-            k_row_stride,
-            page_size,
-            num_pages,
-            PAGED,
-            MASKED,
-            D0,
-            E0,
-        )
+        if DESCRIPTORS:
+            k0 = load_described(k, batch, head_k, start, BLOCK_N, D0)
+        else:
+            k0 = load_keys(
+                k, first, pages, column, num_keys, k_batch_stride, k_row_stride,
+                page_size, num_pages, PAGED, MASKED, D0, E0,
+            )  # fmt: skip
         score = tl.dot(q0, tl.trans(k0), input_precision="ieee")
         if D1 > 0:
             k1 = load_keys(
-                k + D0,
-                first,
-                pages,
-                column,
-                num_keys,
-                k_batch_stride,
-                k_row_stride,
-                page_size,
-                num_pages,
-                PAGED,
-                MASKED,
-                D1,
-                HEAD_DIM - D0,
-            )
+                k + D0, first, pages, column, num_keys, k_batch_stride, k_row_stride,
+                page_size, num_pages, PAGED, MASKED, D1, HEAD_DIM - D0,
+            )  # fmt: skip
             score = tl.dot(q1, tl.trans(k1), score, input_precision="ieee")
         if TRANSFORMED:
             distance = (query[:, None] + offset - column[None, :]).to(tl.float32)
@@ -178,39 +164,20 @@ def _attend(
                 BLOCK_N,
             )
             p = tl.where(keeps, p, 0.0)
-        v0 = load_keys(
-            v,
-            first,
-            pages,
-            column,
-            num_keys,
-            v_batch_stride,
-            v_row_stride,
-            page_size,
-            num_pages,
-            PAGED,
-            MASKED,
-            D0,
-            E0,
-        )
+        if DESCRIPTORS:
+            v0 = load_described(v, batch, head_k, start, BLOCK_N, D0)
+        else:
+            v0 = load_keys(
+                v, first, pages, column, num_keys, v_batch_stride, v_row_stride,
+                page_size, num_pages, PAGED, MASKED, D0, E0,
+            )  # fmt: skip
         p = p.to(v0.dtype)
         out0 = tl.dot(p, v0, out0 * factor[:, None], input_precision="ieee")
         if D1 > 0:
             v1 = load_keys(
-                v + D0,
-                first,
-                pages,
-                column,
-                num_keys,
-                v_batch_stride,
-                v_row_stride,
-                page_size,
-                num_pages,
-                PAGED,
-                MASKED,
-                D1,
-                HEAD_DIM - D0,
-            )
+                v + D0, first, pages, column, num_keys, v_batch_stride, v_row_stride,
+                page_size, num_pages, PAGED, MASKED, D1, HEAD_DIM - D0,
+            )  # fmt: skip
             out1 = tl.dot(p, v1, out1 * factor[:, None], input_precision="ieee")
     return out0, out1, top, total
 
@@ -277,6 +244,7 @@ def attention_forward(
     HAS_LEFTPAD: tl.constexpr,
     HAS_BATCH_IDX: tl.constexpr,
     PAGED: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
     PACKED: tl.constexpr,
     SPLIT: tl.constexpr,
     HAS_LEFT: tl.constexpr,
@@ -356,17 +324,19 @@ def attention_forward(
     E0: tl.constexpr = D0 if D0 < HEAD_DIM else HEAD_DIM
     q_row = (q_begin + query) * (q_row_stride * UNIT) + head * (q_head_stride * UNIT)
     q_address = q + sequence * (q_batch_stride * UNIT) + q_row[:, None]
-    k += head_k * (k_head_stride * UNIT)
-    v += head_k * (v_head_stride * UNIT)
     pages = block_table
-    if PAGED:
-        pages += sequence * table_stride
-    else:
-        cache_row = sequence
-        if HAS_BATCH_IDX:
-            cache_row = clamped(tl.load(cache_batch_idx + sequence), cache_rows - 1).to(tl.int64)
-        k += cache_row * (k_batch_stride * UNIT) + first * (k_row_stride * UNIT)
-        v += cache_row * (v_batch_stride * UNIT) + first * (v_row_stride * UNIT)
+    if not DESCRIPTORS:
+        k += head_k * (k_head_stride * UNIT)
+        v += head_k * (v_head_stride * UNIT)
+        if PAGED:
+            pages += sequence * table_stride
+        else:
+            cache_row = sequence
+            if HAS_BATCH_IDX:
+                cache_row = clamped(tl.load(cache_batch_idx + sequence), cache_rows - 1)
+                cache_row = cache_row.to(tl.int64)
+            k += cache_row * (k_batch_stride * UNIT) + first * (k_row_stride * UNIT)
+            v += cache_row * (v_batch_stride * UNIT) + first * (v_row_stride * UNIT)
     q0 = load_pieces(q_address, valid, D0, E0)
     q1 = q0
     if D1 > 0:
@@ -412,9 +382,9 @@ def attention_forward(
                 k_batch_stride * UNIT, k_row_stride * UNIT,
                 v_batch_stride * UNIT, v_row_stride * UNIT, page_size, num_pages,
                 window_left, window_right, scale, softcap, slope,
-                key0, key1, dropout_threshold, sequence, head, row_begin,
-                stage != 1, PAGED, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_ALIBI, HAS_DROPOUT,
-                TRANSFORMED, HEAD_DIM, D0, D1, BLOCK_M, BLOCK_N,
+                key0, key1, dropout_threshold, sequence, head, head_k, row_begin,
+                stage != 1, PAGED, DESCRIPTORS, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_ALIBI,
+                HAS_DROPOUT, TRANSFORMED, HEAD_DIM, D0, D1, BLOCK_M, BLOCK_N,
             )  # fmt: skip
 
     if SPLIT:

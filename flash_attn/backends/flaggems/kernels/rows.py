@@ -161,3 +161,10 @@ def fill_unused_rows(
             zeros = tl.zeros([ROWS, BLOCK_D], out.dtype.element_ty)
             tl.store(address + d[None, :], zeros, mask=mask)
             tl.store(lse + (head + i) * lse_head_stride + row, value, mask=row < total_q)
+
+
+@triton.jit
+def load_described(x, batch, head, row, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Rows of a head by the descriptor of a tensor (b, h, s, d): 0 outside of it."""
+    tile = x.load([batch.to(tl.int32), head.to(tl.int32), row, 0])
+    return tl.reshape(tile, [ROWS, COLUMNS])
