@@ -170,8 +170,8 @@ class ForwardStrips {
     engine_.finish_products();
   }
 
-  // Scores of a part against the maxima that are final now, negative where dropped: s_dmask's
-  // values, in place of the engine's scores.
+  // Scores of a part against the maxima that are final now, negative where dropped and 0 where
+  // masked: s_dmask's values, in place of the engine's scores.
   void compute_probabilities(int strip, int64_t block, const Part& part) {
     LaneRows lanes[kVectors];
     describe_lanes(strip, block, lanes);
@@ -183,12 +183,13 @@ class ForwardStrips {
         float* p = engine_.scores(0) + key * kStrip + v * kLanes;
         const Vec maximum = load(true_max_ + strip * kStrip + v * kLanes);
         const Vec shift = select(maximum == -kInfinity, Vec{}, maximum);
-        const Vec magnitude = exp2(fma(load(p), splat(factor_), -shift));
+        const Vec score = load(p);
+        const Vec magnitude = exp2(fma(score, splat(factor_), -shift));
         VecU word[4];
         dropout_words(dropout_, lanes[v].dropout, task_.batch, dropout_column_counter(block + key),
                       word);
         const VecI keep = dropout_keeps(dropout_, lanes[v].dropout, word[(key >> 3) & 3]);
-        store(p, select(keep, magnitude, -magnitude));
+        store(p, select(score == -kInfinity, Vec{}, select(keep, magnitude, -magnitude)));
       }
     }
   }

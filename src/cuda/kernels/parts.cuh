@@ -55,7 +55,7 @@ FAP_DEVICE void store_columns(uint16_t* row, int col, int head_dim, float4 x) {
   }
 }
 
-// Rows of q that belong to no sequence: output 0, log-sum-exp that of no key. Shared by all blocks
+// Rows of q that belong to no sequence: output 0, log-sum-exp +inf. Shared by all blocks
 // of threads of the grid.
 FAP_DEVICE void fill_unused_rows(const ForwardParams& params) {
   if (params.cu_seqlens_q == nullptr) return;
@@ -65,11 +65,7 @@ FAP_DEVICE void fill_unused_rows(const ForwardParams& params) {
       uint16_t* out = static_cast<uint16_t*>(params.out.data) + row * params.out.row_stride +
                       head * params.out.head_stride;
       for (int col = threadIdx.x; col < params.head_dim; col += blockDim.x) out[col] = 0;
-      if (threadIdx.x == 0) {
-        float factor;
-        params.softmax_lse.set(0, head, row,
-                               finish_row({-kInfinity, 0.0f}, sink_of(params, head), &factor));
-      }
+      if (threadIdx.x == 0) params.softmax_lse.set(0, head, row, kInfinity);
     }
   }
 }

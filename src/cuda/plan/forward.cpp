@@ -20,6 +20,7 @@ struct Kind {
   bool softcap;
   bool alibi;
   bool dropout;
+  bool few_keys;  // for a block of threads, on average
 };
 
 Kind kind_of(const ForwardParams& params) {
@@ -34,6 +35,7 @@ Kind kind_of(const ForwardParams& params) {
   kind.softcap = params.softcap > 0;
   kind.alibi = params.alibi_slopes != nullptr || everything;
   kind.dropout = params.dropout_p > 0 || everything;
+  kind.few_keys = params.window_right >= 0 && params.seqlen_k < 1024;
   return kind;
 }
 
@@ -90,12 +92,17 @@ ForwardSpec with_shape(const Kind& kind, const TileShape& shape) {
 // The best shape first. A warp of 32 rows keeps head_dim + tile_n accumulators a thread, one of 16
 // rows half as many, out of 255 registers; Q fits into registers beside them for small heads only.
 // What the features of a kind need more comes off tile_n.
+//
+// Large heads are bound by what the L2 cache delivers, so a block takes 128 rows; with few keys its
+// start counts for more, which two blocks of 64 rows hide.
 std::span<const TileShape> shapes_for(const Kind& kind, const DeviceProperties& device) {
   static constexpr TileShape kSmall[] = {{128, 64, 4, 1, 2, true}, {64, 32, 4, 1, 1}};
   static constexpr TileShape kSmallCrowded[] = {{128, 64, 4, 1, 2}, {64, 32, 4, 1, 1}};
   static constexpr TileShape kMedium[] = {
       {128, 64, 4, 2, 2}, {128, 32, 4, 2, 2}, {128, 32, 4, 1, 2}, {64, 32, 4, 1, 1}};
-  static constexpr TileShape kLarge[] = {{64, 64, 4, 1, 2}, {128, 64, 8, 1, 1}, {64, 32, 4, 1, 1}};
+  static constexpr TileShape kLarge[] = {{64, 64, 4, 1, 2, true}, {64, 32, 4, 1, 1}};
+  static constexpr TileShape kLargest[] = {
+      {128, 32, 8, 2, 1, true}, {64, 64, 4, 1, 2}, {64, 32, 4, 1, 1}};
   static constexpr TileShape kLargeCrowded[] = {
       {64, 32, 4, 2, 2}, {64, 32, 4, 1, 2}, {64, 32, 4, 1, 1}};
   const bool has_feature = kind.softcap || kind.alibi || kind.dropout;
@@ -107,7 +114,9 @@ std::span<const TileShape> shapes_for(const Kind& kind, const DeviceProperties& 
     const bool tight = kind.head_dim == 128 && device.arch >= 100 && device.arch < 120;
     return std::span<const TileShape>(kMedium).subspan(crowded || tight ? 1 : 0);
   }
-  return crowded ? std::span(kLargeCrowded) : std::span(kLarge);
+  if (crowded) return kLargeCrowded;
+  if (kind.head_dim < 256) return kLarge;
+  return std::span<const TileShape>(kLargest).subspan(kind.few_keys ? 1 : 0);
 }
 
 ForwardSpec choose(const Kind& call, const DeviceProperties& device) {
@@ -174,9 +183,16 @@ std::vector<ForwardSpec> all_forward_specs(const DeviceProperties& device) {
     for (const int head_dim : kTileHeadDims) {
       for (const Access access : {Access::kWhole, Access::kPadded, Access::kElement}) {
         for (const Masking masking : {Masking::kNone, Masking::kCausal, Masking::kWindow}) {
-          for (int flags = 0; flags < 16; ++flags) {
-            const Kind kind{dtype,   head_dim,         access,           (flags & 1) != 0,
-                            masking, (flags & 2) != 0, (flags & 4) != 0, (flags & 8) != 0};
+          for (int flags = 0; flags < 32; ++flags) {
+            const Kind kind{dtype,
+                            head_dim,
+                            access,
+                            (flags & 1) != 0,
+                            masking,
+                            (flags & 2) != 0,
+                            (flags & 4) != 0,
+                            (flags & 8) != 0,
+                            (flags & 16) != 0};
             const ForwardSpec spec = choose(kind, device);
             if (std::find(specs.begin(), specs.end(), spec) == specs.end()) specs.push_back(spec);
           }

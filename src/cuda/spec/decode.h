@@ -27,8 +27,10 @@ struct DecodeSpec {
   // Beside the rows of a quarter warp lie other banks.
   FAP_SHARED constexpr int merge_row() const { return head_dim + 8; }  // in floats
   FAP_SHARED constexpr int merge_bytes() const { return streams * tile_m * (merge_row() + 2) * 4; }
+  FAP_SHARED constexpr int ring_bytes() const { return streams * stages * 2 * tile_bytes(); }
+  FAP_SHARED constexpr int table_bytes() const { return paged ? threads() * 4 : 0; }
   FAP_SHARED constexpr int shared_bytes() const {
-    return max_of(query_bytes() + streams * stages * 2 * tile_bytes(), merge_bytes());
+    return max_of(query_bytes() + ring_bytes() + table_bytes(), merge_bytes());
   }
   // Registers hold the queries where the output leaves room for them.
   FAP_SHARED constexpr bool q_in_registers() const { return head_dim <= 128; }

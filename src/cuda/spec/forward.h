@@ -28,9 +28,9 @@ struct ForwardSpec {
   FAP_SHARED constexpr int shared_bytes() const {
     return (tile_m + 2 * stages * tile_n) * padded_row_bytes(head_dim);
   }
-  // Several features: scores are brought to their final value, in units of log2, before the softmax,
-  // which serves scales that are 0 or negative too. Otherwise a positive factor is left for its
-  // exponent.
+  // Several features: scores are brought to their final value, in units of log2, before the
+  // softmax, which serves scales that are 0 or negative too. Otherwise a positive factor is left
+  // for its exponent.
   FAP_SHARED constexpr bool transformed() const { return alibi && (softcap || dropout); }
   // A few words of the kernels that do everything at once leave the registers; none of the others'.
   constexpr int max_spill_bytes() const { return access == Access::kWhole && !dropout ? 0 : 192; }

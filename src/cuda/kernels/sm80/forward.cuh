@@ -316,7 +316,8 @@ extern "C" __global__ void __launch_bounds__(spec.threads(), spec.min_blocks)
   };
   const auto weigh = [&](Scores& s, int step, auto masked) {
     const int column = step * spec.tile_n;
-    if constexpr (spec.softcap && !spec.alibi && !masked) {
+    // Beyond d = 64 this costs registers, and more than it brings.
+    if constexpr (spec.softcap && !spec.alibi && !masked && spec.head_dim <= 64) {
       if (scale_to_tanh(s, transform.scale)) {
         finish_step(s, step, [](float x) { return tanh_of(x); });
       } else {
@@ -378,6 +379,8 @@ extern "C" __global__ void __launch_bounds__(spec.threads(), spec.min_blocks)
     for (; step >= steps.first; --step) take_step(step, Constant<true>{});
   }
   copy_async_wait<0>();
+  // Without a step nobody has waited for the others' parts of Q, and outputs take its place.
+  if (steps.last < steps.first) __syncthreads();
 
   // Nothing is kept below 1, which drop_scores() leaves to the scale.
   finish(args, softmax, out, dropout.threshold == 0 ? 0.0f : dropout.scale, q_tile);
