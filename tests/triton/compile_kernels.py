@@ -119,7 +119,7 @@ class CompilingRuntime:
         return self.arch
 
 
-def _qkv(head_dim, sq=256, sk=512, heads=4, heads_k=2, dtype=BF16):
+def _qkv(head_dim, sq=512, sk=512, heads=4, heads_k=2, dtype=BF16):
     shapes = ((2, sq, heads, head_dim), (2, sk, heads_k, head_dim), (2, sk, heads_k, head_dim))
     return [torch.zeros(shape, dtype=dtype) for shape in shapes]
 

@@ -6,7 +6,7 @@ two float32 a query row.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,7 +21,9 @@ from flash_attn.backends.flaggems.kernels.backward_prepare import (
 from flash_attn.backends.flaggems.launch import (
     LOG2E,
     check_lengths,
+    descriptor,
     dropout_numbers,
+    is_describable,
     launch,
     operand_unit,
     pieces,
@@ -38,36 +40,15 @@ _CACHE_BYTES = 24 << 20
 # scores are 0, as they are at a smaller one.
 _MIN_SCALE = 2.0**-60
 
+# Descriptors are made at every launch, which short calls do not win back.
+_LEAST_DESCRIBED_ROWS = 512
+
 # Programs that zero the gradients of rows of no sequence, of which there are usually none.
 _GAP_PROGRAMS = 16
 
 
 def _bytes(x: Tensor) -> int:
     return x.numel() * x.element_size()
-
-
-def _is_describable(x: Tensor) -> bool:
-    """Whether a tensor descriptor can be made of a tensor (b, s, h, d)."""
-    return x.numel() > 0 and all(
-        stride % 8 == 0 and 0 < stride < 2**36
-        for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True)
-        if size > 1
-    )
-
-
-def _descriptor(x: Tensor, rows: int, columns: int) -> Any:
-    """Of tiles of rows of one head of a tensor (b, s, h, d), as (b, h, s, d)."""
-    from triton.tools.tensor_descriptor import TensorDescriptor
-
-    batch, seqlen, num_heads, head_dim = x.shape
-    # The stride of a dimension of one element is any number, but descriptors take only some.
-    strides = [stride if size > 1 else 8 for size, stride in zip(x.shape, x.stride(), strict=True)]
-    return TensorDescriptor(
-        x,
-        [batch, num_heads, seqlen, head_dim],
-        [strides[0], strides[2], strides[1], 1],
-        [1, 1, rows, columns],
-    )
 
 
 def _row_strides(x: Tensor | None) -> tuple[int, int, int]:
@@ -200,12 +181,16 @@ def backward(
         "HAS_ALIBI": slopes is not None,
         "HAS_DROPOUT": dropout_p > 0,
         "DESCRIPTORS": (
-            tiles.has_descriptors(capability)
-            and sequences is None
+            sequences is None
+            and tiles.has_descriptors(capability)
+            and min(shapes.seqlen_q, shapes.seqlen_k) >= _LEAST_DESCRIBED_ROWS
             and d1 == 0
             # Every row sees a key.
             and (window_right < 0 or shapes.seqlen_k - shapes.seqlen_q + window_right >= 0)
-            and all(_is_describable(x) for x in (q, k, v, dout))
+            and all(
+                x.data_ptr() % 16 == 0 and is_describable(x.shape, x.stride())
+                for x in (q, k, v, dout)
+            )
         ),
         "UNIT": unit,
         "HEAD_DIM": shapes.head_dim,
@@ -222,7 +207,7 @@ def backward(
         operands = [q, k, v, dout]
         if constants["DESCRIPTORS"]:
             operands = [
-                _descriptor(x, block, d0) if any(x is y for y in passing) else x for x in operands
+                descriptor(x, block, d0) if any(x is y for y in passing) else x for x in operands
             ]
         launch(
             kernel,

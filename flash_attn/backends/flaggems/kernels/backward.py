@@ -41,6 +41,7 @@ from flash_attn.backends.flaggems.kernels.common import (
     rows_of_sequence,
     visible,
 )
+from flash_attn.backends.flaggems.kernels.rows import load_described
 
 NUMBERS = [
     *("q_batch_stride", "q_row_stride", "q_head_stride"),
@@ -106,13 +107,6 @@ def load_tile(
     else:
         x = tl.load(pointer + offsets)
     return x
-
-
-@triton.jit
-def load_described(x, batch, head, row, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """The same by the descriptor of a tensor (b, h, s, d): 0 outside of it."""
-    tile = x.load([batch.to(tl.int32), head.to(tl.int32), row, 0])
-    return tl.reshape(tile, [ROWS, COLUMNS])
 
 
 @triton.jit
