@@ -35,6 +35,7 @@ from flash_attn.backends.flaggems.kernels.rows import (
     load_described,
     load_keys,
     load_pieces,
+    pages_of,
     store_pieces,
 )
 
@@ -108,19 +109,24 @@ def _attend(
     top, total: maximum of the scores in log2, -inf at first, and sum of the exponentials.
     """
     E0: tl.constexpr = D0 if D0 < HEAD_DIM else HEAD_DIM
+    page = begin
+    if PAGED:
+        page = pages_of(pages, first, begin + tl.arange(0, BLOCK_N), num_keys, page_size)
     for start in range(begin, end, BLOCK_N):
         column = start + tl.arange(0, BLOCK_N)
+        if PAGED:  # looked up a block ahead, so that the loads of the keys do not wait for it
+            next_page = pages_of(pages, first, column + BLOCK_N, num_keys, page_size)
         if DESCRIPTORS:
             k0 = load_described(k, batch, head_k, start, BLOCK_N, D0)
         else:
             k0 = load_keys(
-                k, first, pages, column, num_keys, k_batch_stride, k_row_stride,
+                k, first, page, column, num_keys, k_batch_stride, k_row_stride,
                 page_size, num_pages, PAGED, MASKED, D0, E0,
             )  # fmt: skip
         score = tl.dot(q0, tl.trans(k0), input_precision="ieee")
         if D1 > 0:
             k1 = load_keys(
-                k + D0, first, pages, column, num_keys, k_batch_stride, k_row_stride,
+                k + D0, first, page, column, num_keys, k_batch_stride, k_row_stride,
                 page_size, num_pages, PAGED, MASKED, D1, HEAD_DIM - D0,
             )  # fmt: skip
             score = tl.dot(q1, tl.trans(k1), score, input_precision="ieee")
@@ -168,17 +174,19 @@ def _attend(
             v0 = load_described(v, batch, head_k, start, BLOCK_N, D0)
         else:
             v0 = load_keys(
-                v, first, pages, column, num_keys, v_batch_stride, v_row_stride,
+                v, first, page, column, num_keys, v_batch_stride, v_row_stride,
                 page_size, num_pages, PAGED, MASKED, D0, E0,
             )  # fmt: skip
         p = p.to(v0.dtype)
         out0 = tl.dot(p, v0, out0 * factor[:, None], input_precision="ieee")
         if D1 > 0:
             v1 = load_keys(
-                v + D0, first, pages, column, num_keys, v_batch_stride, v_row_stride,
+                v + D0, first, page, column, num_keys, v_batch_stride, v_row_stride,
                 page_size, num_pages, PAGED, MASKED, D1, HEAD_DIM - D0,
             )  # fmt: skip
             out1 = tl.dot(p, v1, out1 * factor[:, None], input_precision="ieee")
+        if PAGED:
+            page = next_page
     return out0, out1, top, total
 
 

@@ -40,10 +40,17 @@ def keys_of_sequence(
 
 
 @triton.jit
+def pages_of(pages, first, column, num_keys, page_size):
+    """The page of each key; 0 from num_keys on."""
+    slot = (column + first.to(tl.int32)) // page_size
+    return tl.load(pages + slot, mask=column < num_keys, other=0)
+
+
+@triton.jit
 def load_keys(
     base,
     first,
-    pages,
+    page,
     column,
     num_keys,
     batch_stride,
@@ -58,15 +65,12 @@ def load_keys(
     """Rows `column` of the keys or values as (len(column), D0), 0 from num_keys on when MASKED.
 
     base: element 0 of the piece in row 0, of page 0 when paged. first: row of key 0 in the pages.
+    page: what pages_of says, when paged.
     """
     if PAGED:
-        row = column + first.to(tl.int32)
-        if MASKED:
-            page = tl.load(pages + row // page_size, mask=column < num_keys, other=0)
-        else:
-            page = tl.load(pages + row // page_size)
-        page = clamped(page, num_pages - 1).to(tl.int64)
-        offset = page * batch_stride + (row % page_size).to(tl.int64) * row_stride
+        place = clamped(page, num_pages - 1).to(tl.int64)
+        row = (column + first.to(tl.int32)) % page_size
+        offset = place * batch_stride + row.to(tl.int64) * row_stride
     else:
         offset = column.to(tl.int64) * row_stride
     d = tl.arange(0, D0)

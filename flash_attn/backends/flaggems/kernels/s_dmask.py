@@ -16,7 +16,12 @@ from flash_attn.backends.flaggems.kernels.common import (
     scores_in_log2,
     visible,
 )
-from flash_attn.backends.flaggems.kernels.rows import keys_of_sequence, load_keys, load_pieces
+from flash_attn.backends.flaggems.kernels.rows import (
+    keys_of_sequence,
+    load_keys,
+    load_pieces,
+    pages_of,
+)
 
 NO_SPECIALISATION = [
     *("q_batch_stride", "q_row_stride", "q_head_stride"),
@@ -64,14 +69,17 @@ def _scores(
     """Scores in log2 of the keys from `start` on, -inf where masked, and their columns."""
     E0: tl.constexpr = D0 if D0 < HEAD_DIM else HEAD_DIM
     column = start + tl.arange(0, BLOCK_N)
+    page = start
+    if PAGED:
+        page = pages_of(pages, first, column, num_keys, page_size)
     k0 = load_keys(
-        k, first, pages, column, num_keys, k_batch_stride, k_row_stride, page_size, num_pages,
+        k, first, page, column, num_keys, k_batch_stride, k_row_stride, page_size, num_pages,
         PAGED, True, D0, E0,
     )  # fmt: skip
     score = tl.dot(q0, tl.trans(k0), input_precision="ieee")
     if D1 > 0:
         k1 = load_keys(
-            k + D0, first, pages, column, num_keys, k_batch_stride, k_row_stride, page_size,
+            k + D0, first, page, column, num_keys, k_batch_stride, k_row_stride, page_size,
             num_pages, PAGED, True, D1, HEAD_DIM - D0,
         )  # fmt: skip
         score = tl.dot(q1, tl.trans(k1), score, input_precision="ieee")
