@@ -160,11 +160,6 @@ def explain(device: torch.device | str) -> Choice:
             return Choice(
                 None, f"{source} needs FlagGems, but {failure}. {INSTALL}, or {USE_NATIVE}"
             )
-        if not _is_installed("flash_attn.backends.flaggems"):
-            failure = "this version of flash_attn does not have it yet"
-            return Choice(
-                None, f"{source} asks for the FlagGems backend, but {failure}: {USE_NATIVE}"
-            )
         return Choice("flaggems", f"{source} asks for the FlagGems backend")
     refusal = cuda.refusal(device)
     if refusal is None:
