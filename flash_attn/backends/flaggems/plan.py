@@ -201,7 +201,7 @@ def plan_forward(call: Call) -> Plan:
         splits,
         max(left, 0),
         max(right, 0),
-        scale / softcap if softcap > 0 else scale * LOG2E,
+        2 * LOG2E * scale / softcap if softcap > 0 else scale * LOG2E,
         softcap * LOG2E,
         *dropout_numbers(call.dropout_p),
     )

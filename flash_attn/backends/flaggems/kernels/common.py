@@ -254,20 +254,6 @@ def all_seeing_queries(
 
 
 @triton.jit
-def tanh(x):
-    """With a relative error of a few units in the last place of float32.
-
-    By its exponential, and near 0, where that cancels, by its series. Triton 3.0 has no tanh that
-    all vendors share. The quotient is the square of a reciprocal root: one instruction on GPUs,
-    where a division is several.
-    """
-    square = x * x
-    series = x + x * square * (-1.0 / 3.0 + square * (2.0 / 15.0 + square * (-17.0 / 315.0)))
-    root = tl.math.rsqrt(tl.math.exp2(x * (2.0 * LOG2E)) + 1.0)
-    return tl.where(square < 0.0625, series, 1.0 - 2.0 * root * root)
-
-
-@triton.jit
 def scores_in_log2(
     product,
     distance,
@@ -279,12 +265,17 @@ def scores_in_log2(
 ):
     """Scores in units of log2 from products q.k: scale, then softcap, then ALiBi.
 
-    scale: softmax_scale * log2(e), or with softcap softmax_scale / softcap. softcap and slope: in
+    scale: softmax_scale * log2(e), and with softcap 2 / softcap times that. softcap and slope: in
     units of log2. distance: row + offset - column, float32.
+
+    Softcap is by tanh x = 1 - 2 / (exp(2 x) + 1), the quotient by the square of a reciprocal root,
+    which is one instruction on GPUs where a division is several. The error, a few units in the last
+    place of 1, is far below the rounding of the weights.
     """
     score = product * scale
     if HAS_SOFTCAP:
-        score = softcap * tanh(score)
+        root = tl.math.rsqrt(tl.math.exp2(score) + 1.0)
+        score = softcap - (2.0 * softcap) * (root * root)
     if HAS_ALIBI:
         score = score - slope * tl.abs(distance)
     return score

@@ -241,7 +241,7 @@ def attention_forward(
     num_splits: tl.int32,
     window_left: tl.int32,
     window_right: tl.int32,
-    scale: tl.float32,  # of products, to log2; with softcap to its argument
+    scale: tl.float32,  # of products, as scores_in_log2 takes it
     softcap: tl.float32,  # in log2
     dropout_threshold: tl.int32,
     dropout_scale: tl.float32,
