@@ -16,6 +16,7 @@ descriptors). "" is what the table says.
 
 import argparse
 import contextlib
+import functools
 import math
 import os
 import pathlib
@@ -33,7 +34,7 @@ import gpu_timing
 from tune_backward import Problem
 
 import flash_attn
-from flash_attn.backends.flaggems import tiles
+from flash_attn.backends.flaggems import attention, plan, tiles
 
 VARIANTS = {
     "forward": {
@@ -67,6 +68,12 @@ VARIANTS = {
 FUNCTIONS = {"forward": "forward", "dkdv": "backward_dkdv", "dq": "backward_dq"}
 
 
+@functools.cache
+def planner(variant):
+    """The planner of forward calls with a memory of its own: it remembers tiles with its plans."""
+    return functools.lru_cache(plan.plan_forward.__wrapped__)
+
+
 @contextlib.contextmanager
 def chosen(kernel, variant):
     """Calls within use the variant of the kernel."""
@@ -81,6 +88,9 @@ def chosen(kernel, variant):
             stack.enter_context(mock.patch.object(tiles, name, lambda *_: value))
 
         replace(FUNCTIONS[kernel], tile)
+        if kernel == "forward":
+            patch = mock.patch.object(attention, "plan_forward", planner(variant))
+            stack.enter_context(patch)
         for word in words[4:]:
             if word == "pointers":
                 replace("has_descriptors", False)
