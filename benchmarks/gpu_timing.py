@@ -282,10 +282,12 @@ def host(work):
 
 
 _FIRST_CALL = """
-import time, torch
+import os, time, torch
 # What torch itself does once, at the first backward pass that is given a gradient: import sympy.
 one = torch.ones(1, device="cuda", requires_grad=True)
 torch.autograd.grad(one * 1, one, torch.ones_like(one))
+if os.environ.get("FLASH_ATTENTION_USE_FLAGGEMS") == "TRUE":
+    import flag_gems  # which takes seconds, once in a process
 import flash_attn
 q, k, v = torch.randn(3, 2, 512, 8, 128, dtype=torch.bfloat16, device="cuda").unbind(0)
 q, k, v = (x.requires_grad_() for x in (q, k, v))
@@ -305,7 +307,7 @@ def first_call(work):
     """Milliseconds of the first call of a process: cold, and with the kernel on the disk."""
     rows = {}
     with tempfile.TemporaryDirectory() as cache:
-        environment = os.environ | {"FLASH_ATTN_PLUS_CACHE_DIR": cache}
+        environment = os.environ | {"FLASH_ATTN_PLUS_CACHE_DIR": cache, "TRITON_CACHE_DIR": cache}
         for state in ("cold", "from the disk"):
             output = subprocess.run(
                 [sys.executable, "-c", _FIRST_CALL],
