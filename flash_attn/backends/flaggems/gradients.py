@@ -223,16 +223,18 @@ def backward(
                 *(score_scale, softcap * LOG2E, *dropout_numbers(dropout_p)),
                 options.softmax_scale,
             ),
-            constants | more | {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n},
+            constants
+            | more
+            | {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "STAGES": tile.num_stages},
             tile,
         )
 
     masked = window_left >= 0 or window_right >= 0
     has_features = softcap > 0 or slopes is not None or dropout_p > 0
     described = constants["DESCRIPTORS"]
-    tile = tiles.backward_dkdv(capability, d0 + d1, described, masked, has_features)
+    tile = tiles.backward_dkdv(capability, d0 + d1, described, has_features)
     num_tiles, pairs = -(-shapes.seqlen_k // tile.block_n), shapes.batch * shapes.num_heads_k
-    masks_all = {"MASKS_ALL": masked and tiles.backward_masks_all(capability, d0 + d1)}
+    masks_all = {"MASKS_ALL": masked and tiles.backward_masks_all(d0 + d1, described)}
     run(backward_dkdv, (dk, dv), (q, dout), tile.block_m, tile, num_tiles, pairs, masks_all)
     tile = tiles.backward_dq(capability, d0 + d1, has_features)
     num_tiles, pairs = -(-shapes.seqlen_q // tile.block_m), shapes.batch * shapes.num_heads

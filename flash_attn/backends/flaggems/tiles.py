@@ -91,7 +91,7 @@ S_DMASK = Tile(32, 32, 4, 1)
 # 2 * BLOCK_N * head_dim numbers, S and dP 2 * BLOCK_M * BLOCK_N.
 _BACKWARD_DKDV = {
     90: (
-        (64, Tile(128, 128, 8, 2)),
+        (64, Tile(64, 128, 8, 2)),
         (128, Tile(64, 128, 8, 2)),
         (256, Tile(64, 64, 8, 2)),
     ),
@@ -142,28 +142,24 @@ def backward_dkdv(
     capability: int,
     head_dim: int,
     described: bool = False,
-    masked: bool = False,
     has_features: bool = False,
 ) -> Tile:
     """The tile of the kernel of dK and dV.
 
-    described: operands arrive as tensor descriptors. masked: there is a causal mask or a window.
-    has_features: softcap, ALiBi or dropout.
+    described: operands arrive as tensor descriptors. has_features: softcap, ALiBi or dropout.
     """
     tile = _find(_BACKWARD_DKDV, capability, head_dim)
-    if tile.block_m == 128 and (masked or has_features):
-        return tile._replace(block_m=64)
     if head_dim > 128 and family(capability) == 90 and (has_features or not described):
         return tile._replace(block_m=32)
     return tile
 
 
-def backward_masks_all(capability: int, head_dim: int) -> bool:
+def backward_masks_all(head_dim: int, described: bool) -> bool:
     """Whether the kernel of dK and dV has one loop, with a mask, where others have two.
 
     For two loops there are not enough registers beside large heads, or addresses.
     """
-    return head_dim > 64 or family(capability) != 90
+    return head_dim > 64 or not described
 
 
 def backward_dq(capability: int, head_dim: int, has_features: bool = False) -> Tile:

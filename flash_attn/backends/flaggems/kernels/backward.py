@@ -19,15 +19,19 @@ instead of pointers, which Hopper's copy engine reads. Addresses take no registe
 heads of one piece, dense inputs, and calls in which every row sees a key, so that there is nothing
 to hide from the products but what lies outside of the tensor.
 
-Both walk over the blocks that a mask cuts first, and then over the others without a mask; with
-MASKS_ALL backward_dkdv masks all in one loop, which takes fewer registers than two. Bound by
-the tensor cores, and at small head dimensions as much by the exponentials and what surrounds them.
+Both walk over the blocks that a mask cuts in a loop of their own, and over the others without a
+mask; backward_dq over the latter first, since ptxas serialises Hopper's products otherwise. With
+MASKS_ALL backward_dkdv masks all in one loop, which takes fewer registers than two. Loops name
+their number of stages because Triton fetches vectors ahead only then.
+
+Bound by the tensor cores, and at small head dimensions as much by the exponentials and what
+surrounds them.
 """
 
 import triton
 import triton.language as tl
 
-from flash_attn.backends.flaggems.kernels.backward_prepare import workspace_row
+from flash_attn.backends.flaggems.kernels.backward_prepare import ROW_ALIGNMENT, workspace_row
 from flash_attn.backends.flaggems.kernels.common import (
     alibi_slope,
     all_seeing_queries,
@@ -206,10 +210,11 @@ def _add_rows(
 
     s = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     dp = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    # An addition where a broadcast would do takes as many instructions and fewer registers.
     if not HAS_SOFTCAP:
-        s = tl.broadcast_to(minus_lse[None, :], [BLOCK_N, BLOCK_M])
+        s += minus_lse[None, :]
     if not HAS_DROPOUT:
-        dp = tl.broadcast_to(minus_d[None, :], [BLOCK_N, BLOCK_M])
+        dp += minus_d[None, :]
     s = tl.dot(k0, tl.trans(q0), s)
     dp = tl.dot(v0, tl.trans(dout0), dp)
     if D1 > 0:
@@ -347,6 +352,7 @@ def backward_dkdv(
     D1: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """dk and dv of BLOCK_N keys of one key head.
 
@@ -356,6 +362,7 @@ def backward_dkdv(
     softcap. softcap: in units of log2.
     """
     tile, pair = program_order(num_tiles, num_pairs, pairs_at_once)
+    workspace_rows = workspace_rows // ROW_ALIGNMENT * ROW_ALIGNMENT  # tells the compiler
     batch = pair // num_heads_k
     head_k = pair % num_heads_k
     first_q, num_q = rows_of_sequence(cu_seqlens_q, batch, seqlen_q, total_q, IS_VARLEN)
@@ -441,7 +448,7 @@ def backward_dkdv(
             )
             minus_d = workspace + workspace_rows
             if HAS_LEFT or HAS_RIGHT:
-                for j in range(num_masked):
+                for j in tl.range(0, num_masked, num_stages=STAGES):
                     block = begin + j
                     if HAS_LEFT:
                         block = tl.where(block < full_begin, block, block - full_begin + full_end)
@@ -456,7 +463,7 @@ def backward_dkdv(
                         HAS_SOFTCAP, HAS_ALIBI, HAS_DROPOUT, HEAD_DIM, D0, D1, BLOCK_M, BLOCK_N,
                     )  # fmt: skip
             if not MASKS_ALL:
-                for block in range(full_begin, full_end):
+                for block in tl.range(full_begin, full_end, num_stages=STAGES):
                     dk0, dk1, dv0, dv1 = _add_rows(
                         dk0, dk1, dv0, dv1, k0, k1, v0, v1, q, dout, workspace, minus_d,
                         q_offsets0, q_offsets1, dout_offsets0, dout_offsets1,
@@ -650,6 +657,7 @@ def backward_dq(
     D1: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """dq of BLOCK_M rows of one query head; arguments as those of backward_dkdv.
 
@@ -658,6 +666,7 @@ def backward_dq(
     Tiles are numbered from the last on: under a causal mask the last rows take longest.
     """
     tile, pair = program_order(num_tiles, num_pairs, pairs_at_once)
+    workspace_rows = workspace_rows // ROW_ALIGNMENT * ROW_ALIGNMENT  # tells the compiler
     num_heads = num_heads_k * group_size
     batch = pair // num_heads
     head = pair % num_heads
@@ -736,7 +745,17 @@ def backward_dq(
         if not DESCRIPTORS:
             k += (batch * k_batch_stride + head_k * k_head_stride) * UNIT + first_k * k_row_stride
             v += (batch * v_batch_stride + head_k * v_head_stride) * UNIT + first_k * v_row_stride
-        for j in range(num_masked):
+        for block in tl.range(full_begin, full_end, num_stages=STAGES):
+            dq0, dq1 = _add_keys(
+                dq0, dq1, q0, q1, dout0, dout1, k, v, minus_lse, minus_d,
+                k_offsets0, k_offsets1, v_offsets0, v_offsets1, k_row_stride, v_row_stride,
+                tl.multiple_of(block * BLOCK_N, BLOCK_N), first_row, num_k, offset,
+                window_left, window_right, score_scale, softcap, slope,
+                key0, key1, dropout_threshold, dropout_scale, batch, head, head_k,
+                False, DESCRIPTORS, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_ALIBI, HAS_DROPOUT,
+                HEAD_DIM, D0, D1, BLOCK_M, BLOCK_N,
+            )  # fmt: skip
+        for j in tl.range(0, num_masked, num_stages=STAGES):
             block = begin + j
             block = tl.where(block < full_begin, block, block - full_begin + full_end)
             dq0, dq1 = _add_keys(
@@ -746,16 +765,6 @@ def backward_dq(
                 window_left, window_right, score_scale, softcap, slope,
                 key0, key1, dropout_threshold, dropout_scale, batch, head, head_k,
                 True, DESCRIPTORS, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_ALIBI, HAS_DROPOUT,
-                HEAD_DIM, D0, D1, BLOCK_M, BLOCK_N,
-            )  # fmt: skip
-        for block in range(full_begin, full_end):
-            dq0, dq1 = _add_keys(
-                dq0, dq1, q0, q1, dout0, dout1, k, v, minus_lse, minus_d,
-                k_offsets0, k_offsets1, v_offsets0, v_offsets1, k_row_stride, v_row_stride,
-                tl.multiple_of(block * BLOCK_N, BLOCK_N), first_row, num_k, offset,
-                window_left, window_right, score_scale, softcap, slope,
-                key0, key1, dropout_threshold, dropout_scale, batch, head, head_k,
-                False, DESCRIPTORS, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_ALIBI, HAS_DROPOUT,
                 HEAD_DIM, D0, D1, BLOCK_M, BLOCK_N,
             )  # fmt: skip
 
