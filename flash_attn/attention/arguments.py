@@ -24,10 +24,8 @@ _DETERMINISTIC = os.environ.get("FLASH_ATTENTION_DETERMINISTIC", "0") == "1"
 def is_plain(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether nothing needs to see the call, so that it may bypass torch's dispatcher."""
     return (
-        not is_compiling()
-        and type(q) is Tensor
-        and type(k) is Tensor
-        and type(v) is Tensor
+        type(q) is type(k) is type(v) is Tensor
+        and not is_compiling()
         and _len_torch_dispatch_stack() == 0
         and not _are_functorch_transforms_active()
         and not (

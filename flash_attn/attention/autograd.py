@@ -75,8 +75,7 @@ def _backward(ctx, saved, dout, dsoftmax_lse, dq, dk, dv):
     if dout is None:  # only softmax_lse was used
         dout = torch.zeros_like(out)
     dout = maybe_contiguous(dout)
-    call = (dout, q, k, v, out, softmax_lse, dq, dk, dv)
-    call += (options, sequences, dsoftmax_lse, ds_aux)
+    call = (dout, q, k, v, out, softmax_lse, dq, dk, dv, options, sequences, dsoftmax_lse, ds_aux)
     if ctx.backend is None:
         run_backward(*call)
     else:
@@ -111,50 +110,57 @@ def _backward_of_qkv(ctx, dout, dsoftmax_lse):
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, s_aux, options, sequences, return_attn_probs, direct):
-        return _forward(ctx, q, k, v, options, sequences, return_attn_probs, direct)
+    def forward(ctx, q, k, v, s_aux, call):
+        return _forward(ctx, q, k, v, *call)
 
     @staticmethod
     @_first_derivative
     def backward(ctx, dout, dsoftmax_lse=None, _=None):
-        return *_backward_of_three(ctx, dout, dsoftmax_lse), None, None, None, None
+        return *_backward_of_three(ctx, dout, dsoftmax_lse), None
 
 
 class _AttentionKVPacked(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, kv, s_aux, options, sequences, return_attn_probs, direct):
+    def forward(ctx, q, kv, s_aux, call):
+        _, sequences, _, _ = call
         k, v = unpack(kv, "kv", sequences is not None)
-        return _forward(ctx, q, k, v, options, sequences, return_attn_probs, direct)
+        return _forward(ctx, q, k, v, *call)
 
     @staticmethod
     @_first_derivative
     def backward(ctx, dout, dsoftmax_lse=None, _=None):
-        return *_backward_of_kv(ctx, dout, dsoftmax_lse), None, None, None, None
+        return *_backward_of_kv(ctx, dout, dsoftmax_lse), None
 
 
 class _AttentionQKVPacked(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, qkv, s_aux, options, sequences, return_attn_probs, direct):
+    def forward(ctx, qkv, s_aux, call):
+        _, sequences, _, _ = call
         q, k, v = unpack(qkv, "qkv", sequences is not None)
-        return _forward(ctx, q, k, v, options, sequences, return_attn_probs, direct)
+        return _forward(ctx, q, k, v, *call)
 
     @staticmethod
     @_first_derivative
     def backward(ctx, dout, dsoftmax_lse=None, _=None):
-        return *_backward_of_qkv(ctx, dout, dsoftmax_lse), None, None, None, None
+        return *_backward_of_qkv(ctx, dout, dsoftmax_lse), None
 
 
-def _apply_outside_of_transforms(function):
-    """`function.apply` without its look for function transforms, which the callers have had."""
+def _lean(function):
+    """`function.apply` without what takes the time of small calls, there and in the backward pass.
+
+    There it is the look for function transforms, which the callers have had; in the backward pass
+    the search for the function that the engine's `apply` shall call, which is `backward`.
+    """
+    function._backward_cls.apply = function.backward
     return super(torch.autograd.Function, function).apply
 
 
-# Attention of (q, k, v), (q, kv) or (qkv,), then (s_aux, options, sequences, return_attn_probs,
-# direct): s_aux once more than in the options, for its gradient. Returns what the public functions
-# return.
-attention = _apply_outside_of_transforms(_Attention)
-attention_kvpacked = _apply_outside_of_transforms(_AttentionKVPacked)
-attention_qkvpacked = _apply_outside_of_transforms(_AttentionQKVPacked)
+# Attention of (q, k, v), (q, kv) or (qkv,), then s_aux and (options, sequences, return_attn_probs,
+# direct): s_aux once more than in the options, for its gradient; the rest as one argument, for each
+# takes time of a small call. Returns what the public functions return.
+attention = _lean(_Attention)
+attention_kvpacked = _lean(_AttentionKVPacked)
+attention_qkvpacked = _lean(_AttentionQKVPacked)
 
 
 class FlashAttnFunc(torch.autograd.Function):

@@ -98,7 +98,9 @@ def flash_attn_func(
         s_aux,
     )
     if recorded:
-        return autograd.attention(q, k, v, options.s_aux, options, None, return_attn_probs, direct)
+        return autograd.attention(
+            q, k, v, options.s_aux, (options, None, return_attn_probs, direct)
+        )
     results = run_forward(q, k, v, options, None, return_attn_probs, return_attn_probs, direct)
     return _with_s_dmask(q, results) if return_attn_probs else results[0]
 
@@ -139,7 +141,7 @@ def flash_attn_kvpacked_func(
     )
     if records(q, kv, s_aux):
         return autograd.attention_kvpacked(
-            q, kv, options.s_aux, options, None, return_attn_probs, direct
+            q, kv, options.s_aux, (options, None, return_attn_probs, direct)
         )
     k, v = arguments.unpack(kv, "kv")
     results = run_forward(q, k, v, options, None, return_attn_probs, return_attn_probs, direct)
@@ -180,7 +182,7 @@ def flash_attn_qkvpacked_func(
     )
     if records(qkv, s_aux):
         return autograd.attention_qkvpacked(
-            qkv, options.s_aux, options, None, return_attn_probs, direct
+            qkv, options.s_aux, (options, None, return_attn_probs, direct)
         )
     q, k, v = arguments.unpack(qkv, "qkv")
     results = run_forward(q, k, v, options, None, return_attn_probs, return_attn_probs, direct)
@@ -243,7 +245,7 @@ def flash_attn_varlen_func(
     )
     if records(q, k, v, s_aux):
         return autograd.attention(
-            q, k, v, options.s_aux, options, sequences, return_attn_probs, direct
+            q, k, v, options.s_aux, (options, sequences, return_attn_probs, direct)
         )
     results = run_forward(q, k, v, options, sequences, return_attn_probs, return_attn_probs, direct)
     return _with_s_dmask(q, results) if return_attn_probs else results[0]
@@ -290,7 +292,7 @@ def flash_attn_varlen_kvpacked_func(
     sequences = arguments.sequences(q, kv, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     if records(q, kv, s_aux):
         return autograd.attention_kvpacked(
-            q, kv, options.s_aux, options, sequences, return_attn_probs, direct
+            q, kv, options.s_aux, (options, sequences, return_attn_probs, direct)
         )
     k, v = arguments.unpack(kv, "kv", varlen=True)
     results = run_forward(q, k, v, options, sequences, return_attn_probs, return_attn_probs, direct)
@@ -336,7 +338,7 @@ def flash_attn_varlen_qkvpacked_func(
     sequences = arguments.sequences(qkv, qkv, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
     if records(qkv, s_aux):
         return autograd.attention_qkvpacked(
-            qkv, options.s_aux, options, sequences, return_attn_probs, direct
+            qkv, options.s_aux, (options, sequences, return_attn_probs, direct)
         )
     q, k, v = arguments.unpack(qkv, "qkv", varlen=True)
     results = run_forward(q, k, v, options, sequences, return_attn_probs, return_attn_probs, direct)

@@ -11,7 +11,7 @@ allocator on that stream, so that a call can be captured in a graph.
 from __future__ import annotations
 
 import torch
-from torch import Tensor, empty_like, get_num_threads
+from torch import Tensor, contiguous_format, empty_like, get_num_threads
 
 from flash_attn import _core
 from flash_attn.backends.interface import Options, Sequences
@@ -24,8 +24,9 @@ _current_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 _FLOAT32 = {-1: torch.empty(0, dtype=torch.float32, device="cpu")}
 
 
-# Where a workspace would be, and its size.
+# Where a workspace would be, and its size; and the index of the two among the arguments.
 _NO_WORKSPACE = (0, 0)
+_WORKSPACE_INDEX, _BACKWARD_WORKSPACE_INDEX = 11, 17
 
 
 def _like_float32(q: Tensor) -> Tensor:
@@ -61,16 +62,14 @@ def _stream(q: Tensor) -> int:
     return 0 if q.is_cpu else _current_stream(q.get_device())
 
 
-def _call_with_workspace(function, leading: tuple, arguments: tuple, num_bytes: int) -> None:
-    """Repeats a call of the core that asked for so many bytes.
+def _call_with_workspace(function, arguments: tuple, index: int, num_bytes: int) -> None:
+    """Repeats a call of the core that asked for so many bytes, which belong at `index`.
 
     It asks only on a GPU, and only where this torch lends the core no allocator, or has no memory
     left, which torch's own error says best.
-
-    Leading are the arguments of every call, behind which the workspace belongs.
     """
-    workspace = torch.empty(num_bytes, dtype=torch.uint8, device=leading[0].device)
-    function(*leading, workspace.data_ptr(), num_bytes, *arguments[len(leading) + 2 :])
+    workspace = torch.empty(num_bytes, dtype=torch.uint8, device=arguments[0].device)
+    function(*arguments[:index], workspace.data_ptr(), num_bytes, *arguments[index + 2 :])
 
 
 def plain_forward(
@@ -98,7 +97,7 @@ def plain_forward(
         0 if q.is_cpu else _stream(q),
     )
     if num_bytes := _core.forward(*arguments):
-        _call_with_workspace(_core.forward, arguments, (), num_bytes)
+        _call_with_workspace(_core.forward, arguments, _WORKSPACE_INDEX, num_bytes)
     return out
 
 
@@ -140,7 +139,7 @@ def forward(
                 sequences.max_seqlen_k,
             )
         s_dmask = q.new_empty(shape)
-    leading = (
+    arguments = (
         q,
         k,
         v,
@@ -152,9 +151,6 @@ def forward(
         causal,
         get_num_threads(),
         _stream(q),
-    )
-    arguments = (
-        *leading,
         *_NO_WORKSPACE,
         softcap,
         alibi_slopes,
@@ -162,10 +158,11 @@ def forward(
         dropout_p,
         rng_state,
         s_dmask,
-        *(sequences or ()),
     )
+    if sequences is not None:
+        arguments += sequences
     if num_bytes := _core.forward(*arguments):
-        _call_with_workspace(_core.forward, leading, arguments, num_bytes)
+        _call_with_workspace(_core.forward, arguments, _WORKSPACE_INDEX, num_bytes)
     return out, softmax_lse, s_dmask
 
 
@@ -185,8 +182,20 @@ def backward(
     ds_aux: Tensor | None = None,
 ) -> Tensor:
     """Attention backward; see `Backend.backward`."""
-    softmax_d = _row_vector(q, sequences is not None)
-    leading = (
+    softmax_d = empty_like(softmax_lse, memory_format=contiguous_format)
+    (
+        softmax_scale,
+        causal,
+        window_left,
+        window_right,
+        softcap,
+        alibi_slopes,
+        s_aux,
+        dropout_p,
+        rng_state,
+        deterministic,
+    ) = options
+    arguments = (
         dout,
         q,
         k,
@@ -197,29 +206,26 @@ def backward(
         dk,
         dv,
         softmax_d,
-        options.softmax_scale,
-        options.window_left,
-        options.window_right,
-        options.causal,
-        options.deterministic,
+        softmax_scale,
+        window_left,
+        window_right,
+        causal,
+        deterministic,
         get_num_threads(),
         _stream(q),
-    )
-    arguments = (
-        *leading,
         *_NO_WORKSPACE,
-        options.softcap,
-        options.alibi_slopes,
-        options.s_aux,
+        softcap,
+        alibi_slopes,
+        s_aux,
         ds_aux,
         dsoftmax_lse,
-        options.dropout_p,
-        options.rng_state,
+        dropout_p,
+        rng_state,
     )
     if sequences is not None:
         arguments += sequences[:5]  # what a backward pass can have
     if num_bytes := _core.backward(*arguments):
-        _call_with_workspace(_core.backward, leading, arguments, num_bytes)
+        _call_with_workspace(_core.backward, arguments, _BACKWARD_WORKSPACE_INDEX, num_bytes)
     return softmax_d
 
 
@@ -244,7 +250,7 @@ def kvcache(
     softmax_lse = _row_vector(q, False)
     if out is None:
         out = empty_like(q)
-    leading = (
+    arguments = (
         q,
         k_cache,
         v_cache,
@@ -256,9 +262,6 @@ def kvcache(
         options.causal,
         get_num_threads(),
         _stream(q),
-    )
-    arguments = (
-        *leading,
         *_NO_WORKSPACE,
         cache_seqlens,
         k,
@@ -275,7 +278,7 @@ def kvcache(
         num_splits,
     )
     if num_bytes := _core.kvcache(*arguments):
-        _call_with_workspace(_core.kvcache, leading, arguments, num_bytes)
+        _call_with_workspace(_core.kvcache, arguments, _WORKSPACE_INDEX, num_bytes)
     return out, softmax_lse
 
 
