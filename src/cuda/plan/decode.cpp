@@ -33,7 +33,9 @@ Kind kind_of(const ForwardParams& params, const DeviceProperties& device) {
   kind.paged = params.block_table != nullptr;
   kind.transformed = params.softcap > 0 || params.alibi_slopes != nullptr;
   kind.rows = packed_rows(params);
-  kind.one_wave = params.batch * params.num_heads_k <= device.num_multiprocessors;
+  // With a given number of splits nothing depends on the other sequences of the batch.
+  kind.one_wave =
+      params.num_splits == 0 && params.batch * params.num_heads_k <= device.num_multiprocessors;
   return kind;
 }
 
@@ -91,6 +93,9 @@ bool serves(const ForwardParams& params, const DeviceProperties& device) {
   // the machine idle.
   constexpr int64_t kMaxRows = 64, kForwardTile = 128, kLongKeys = 2048;
   if (rows <= kMaxRows) return true;
+  if (params.num_splits > 0) {  // nor does this then depend on the batch
+    return params.num_splits > 1 && rows <= 4 * kMaxRows && most_visible_keys(params) >= kLongKeys;
+  }
   const int64_t forward_blocks =
       params.batch * params.num_heads * ceil_div(params.seqlen_q, kForwardTile);
   return forward_blocks * 4 <= device.num_multiprocessors && most_visible_keys(params) >= kLongKeys;

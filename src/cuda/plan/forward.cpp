@@ -89,34 +89,48 @@ ForwardSpec with_shape(const Kind& kind, const TileShape& shape) {
   return spec;
 }
 
-// The best shape first. A warp of 32 rows keeps head_dim + tile_n accumulators a thread, one of 16
-// rows half as many, out of 255 registers; Q fits into registers beside them for small heads only.
-// What the features of a kind need more comes off tile_n.
+// The best shape first, as measured on an H200. A warp of 32 rows keeps head_dim + tile_n
+// accumulators a thread, one of 16 rows half as many, out of 255 registers; Q fits into registers
+// beside them for small heads, and for 16 rows. What the features of a kind need more comes off
+// tile_n, or off the second buffer.
 //
 // Large heads are bound by what the L2 cache delivers, so a block takes 128 rows; with few keys its
 // start counts for more, which two blocks of 64 rows hide.
 std::span<const TileShape> shapes_for(const Kind& kind, const DeviceProperties& device) {
   static constexpr TileShape kSmall[] = {{128, 64, 4, 1, 2, true}, {64, 32, 4, 1, 1}};
   static constexpr TileShape kSmallCrowded[] = {{128, 64, 4, 1, 2}, {64, 32, 4, 1, 1}};
-  static constexpr TileShape kMedium[] = {
-      {128, 64, 4, 2, 2}, {128, 32, 4, 2, 2}, {128, 32, 4, 1, 2}, {64, 32, 4, 1, 1}};
-  static constexpr TileShape kLarge[] = {{64, 64, 4, 1, 2, true}, {64, 32, 4, 1, 1}};
+  static constexpr TileShape kMedium[] = {{128, 64, 4, 2, 2},
+                                          {128, 64, 4, 1, 2},
+                                          {128, 32, 4, 2, 2},
+                                          {128, 32, 4, 1, 2},
+                                          {64, 32, 4, 1, 1}};
+  static constexpr TileShape kLarge[] = {
+      {128, 64, 8, 2, 1, true}, {64, 64, 4, 1, 2, true}, {64, 32, 4, 1, 1}};
   static constexpr TileShape kLargest[] = {
       {128, 32, 8, 2, 1, true}, {64, 64, 4, 1, 2}, {64, 32, 4, 1, 1}};
   static constexpr TileShape kLargeCrowded[] = {
       {64, 32, 4, 2, 2}, {64, 32, 4, 1, 2}, {64, 32, 4, 1, 1}};
-  const bool has_feature = kind.softcap || kind.alibi || kind.dropout;
-  const bool crowded = has_feature || kind.masking == Masking::kWindow || kind.paged ||
-                       kind.access != Access::kWhole;
-  if (kind.head_dim <= 64) return has_feature ? std::span(kSmallCrowded) : std::span(kSmall);
-  if (kind.head_dim <= 128) {
-    // ptxas takes a few more registers for 10.x and 11.x.
-    const bool tight = kind.head_dim == 128 && device.arch >= 100 && device.arch < 120;
-    return std::span<const TileShape>(kMedium).subspan(crowded || tight ? 1 : 0);
+  const int features = kind.softcap + kind.alibi + kind.dropout;
+  const bool common = features <= 1 && kind.access == Access::kWhole && !kind.paged;
+  const bool window = kind.masking == Masking::kWindow;
+  // ptxas takes a few more registers for 10.x and 11.x.
+  const bool tight = device.arch >= 100 && device.arch < 120;
+  if (kind.head_dim <= 64) {
+    return features == 0 || (common && !kind.dropout) ? std::span(kSmall)
+                                                      : std::span(kSmallCrowded);
   }
-  if (crowded) return kLargeCrowded;
-  if (kind.head_dim < 256) return kLarge;
-  return std::span<const TileShape>(kLargest).subspan(kind.few_keys ? 1 : 0);
+  if (kind.head_dim <= 128) {
+    int first = kind.softcap || kind.alibi || window ? 1 : 0;
+    if (!common || (kind.softcap && window) || (tight && first == 0)) first = 2;
+    return std::span<const TileShape>(kMedium).subspan(first);
+  }
+  if (!common || features > 0) return kLargeCrowded;
+  if (kind.head_dim == 256) {
+    return std::span<const TileShape>(kLargest).subspan(kind.few_keys && !window ? 1 : 0);
+  }
+  // At 224 it would not fit the registers either.
+  const bool narrow = kind.head_dim == 224 || tight || kind.few_keys;
+  return std::span<const TileShape>(kLarge).subspan(narrow ? 1 : 0);
 }
 
 ForwardSpec choose(const Kind& call, const DeviceProperties& device) {

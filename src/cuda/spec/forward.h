@@ -32,8 +32,11 @@ struct ForwardSpec {
   // softmax, which serves scales that are 0 or negative too. Otherwise a positive factor is left
   // for its exponent.
   FAP_SHARED constexpr bool transformed() const { return alibi && (softcap || dropout); }
-  // A few words of the kernels that do everything at once leave the registers; none of the others'.
-  constexpr int max_spill_bytes() const { return access == Access::kWhole && !dropout ? 0 : 192; }
+  // Plain kernels keep all in registers; a feature costs a few words, and everything at once more.
+  constexpr int max_spill_bytes() const {
+    const int features = softcap + alibi + dropout;
+    return access != Access::kWhole || paged || features > 1 ? 192 : features * 96;
+  }
   constexpr int max_stack_bytes() const { return max_spill_bytes(); }
 
   constexpr bool operator==(const ForwardSpec&) const = default;
