@@ -21,6 +21,7 @@ from checks import (
 import flash_attn
 from flash_attn.flash_attn_interface import _flash_attn_varlen_backward
 
+IS_CPU = torch.get_default_device().type == "cpu"
 POISONS = (math.nan, math.inf, -math.inf)
 
 
@@ -250,8 +251,17 @@ VISIBILITIES = (
 )
 
 
-@pytest.mark.parametrize("options", VISIBILITIES, ids=str)
-@pytest.mark.parametrize("name", "qkv")
+# On a GPU the kernels for many query rows multiply whole tiles, values of NaN under a mask too
+# (docs/numerics.md).
+HIDING_VALUES = VISIBILITIES if IS_CPU else VISIBILITIES[:1]
+
+
+@pytest.mark.parametrize(
+    "name,options",
+    [(name, options) for name in "qk" for options in VISIBILITIES]
+    + [("v", options) for options in HIDING_VALUES],
+    ids=str,
+)
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 def test_nan_in_one_row(dtype, name, options):
     """Whoever sees the row is NaN, nobody else."""
@@ -260,7 +270,7 @@ def test_nan_in_one_row(dtype, name, options):
     compare(**tensors, **options)
 
 
-@pytest.mark.parametrize("options", VISIBILITIES, ids=str)
+@pytest.mark.parametrize("options", HIDING_VALUES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 def test_infinite_value(dtype, options):
     """An infinite element of v: infinite there for whoever sees it, in that element alone."""
@@ -322,6 +332,7 @@ def test_gradients_of_nan(name):
     )
 
 
+@pytest.mark.cpu  # on a GPU it does, as above
 @pytest.mark.parametrize("options", VISIBILITIES[1:], ids=str)
 @pytest.mark.parametrize("name", ("q", "k", "v", "dout"))
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
