@@ -39,7 +39,7 @@ import features  # noqa: E402
 import pool  # noqa: E402
 import torch  # noqa: E402
 
-from flash_attn.cli import machine  # noqa: E402
+from flash_attn.cli import machine, plot  # noqa: E402
 from flash_attn.cli.cases import Case, Features  # noqa: E402
 
 SEQLENS = (512, 1024, 2048, 4096, 8192, 16384)
@@ -75,7 +75,9 @@ def parse():
     parser.add_argument("--workers", type=int, default=pool.default_workers(12))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--sample-seconds", type=float, default=0.01)
-    parser.add_argument("--output", type=pathlib.Path, metavar="PREFIX", help="PREFIX.json and .md")
+    parser.add_argument(
+        "--output", type=pathlib.Path, metavar="PREFIX", help="PREFIX.md, .json and .png"
+    )
     return parser.parse_args()
 
 
@@ -306,6 +308,13 @@ def main():
             options.output.with_suffix(".md").write_text("\n".join(LINES) + "\n")
             text = json.dumps(facts | results, indent=1, default=str)
             options.output.with_suffix(".json").write_text(text + "\n")
+            rows = [
+                row | {"ratio": row["ratios"]["flash"]}
+                for part in results.values()
+                for row in part
+                if "flash" in row.get("ratios", ())
+            ]
+            plot.save(rows, facts, "torch's flash backend", options.output.with_suffix(".png"))
     return 1 if any("error" in row for rows in results.values() for row in rows) else 0
 
 

@@ -55,9 +55,8 @@ def save(rows, facts, peer, path):
         *panels[0, 0].get_legend_handles_labels(), loc="outside upper right", fontsize=8, ncols=3
     )
     panels[-1, 0].set_xlabel(f"times faster than {peer} (median of alternating rounds)")
-    figure.suptitle(
-        f"{facts['device']}, {facts['threads']} threads", fontsize=10, x=0.02, ha="left"
-    )
+    threads = f", {facts['threads']} threads" if "threads" in facts else ""
+    figure.suptitle(f"{facts['device']}{threads}", fontsize=10, x=0.02, ha="left")
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
     return True

@@ -1,7 +1,7 @@
 """Tiles of the kernels: one table, chosen by the capability of the device and the head.
 
-The entries for 9.0 are those that were fastest on an H200 (benchmarks/tune_triton.py); those of
-other GPUs follow from their shared memory. Other vendors' accelerators take the last entry, which
+The entries follow from registers and shared memory as the compiler reports them: none has been
+timed on a GPU yet (benchmarks/tune_triton.py does it). Other vendors' accelerators take the last entry, which
 asks for little.
 """
 
