@@ -1,8 +1,8 @@
 """Tiles of the kernels: one table, chosen by the capability of the device and the head.
 
 The entries follow from registers and shared memory as the compiler reports them: none has been
-timed on a GPU yet (benchmarks/tune_triton.py does it). Other vendors' accelerators take the last entry, which
-asks for little.
+timed on a GPU yet (benchmarks/tune_triton.py does it). Other vendors' accelerators take the last
+entry, which asks for little.
 """
 
 from __future__ import annotations
