@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from flash_attn.backends.flaggems import runtime, tiles
-from flash_attn.backends.flaggems.kernels.backward import backward_dkdv, backward_dq
+from flash_attn.backends.flaggems.kernels.backward_dkdv import backward_dkdv
+from flash_attn.backends.flaggems.kernels.backward_dq import backward_dq
 from flash_attn.backends.flaggems.kernels.backward_prepare import (
     ROW_ALIGNMENT,
     prepare,

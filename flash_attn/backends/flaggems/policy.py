@@ -61,7 +61,7 @@ RULES = (
     Rule(
         "another vendor than NVIDIA",
         lambda r: r.vendor != "nvidia",
-        "on NVIDIA GPUs our kernels are the faster, and dropout is one function everywhere",
+        "on NVIDIA GPUs our kernels serve, so that dropout is one function everywhere",
     ),
     Rule(
         "flash_attention_forward written by the vendor",
