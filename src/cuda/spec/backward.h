@@ -40,8 +40,9 @@ struct BackwardSpec {
            2 * tile_m * padded_row_bytes(tile_n) + row_buffer_bytes() + place_bytes();
   }
 
-  // With three blocks to a multiprocessor a few words of dropout's leave the registers.
-  constexpr int max_spill_bytes() const { return dropout && min_blocks == 3 ? 32 : 0; }
+  // A few words of dropout's leave the registers where three blocks share a multiprocessor, and in
+  // the kernels that do everything.
+  constexpr int max_spill_bytes() const { return dropout && (alibi || min_blocks == 3) ? 32 : 0; }
   constexpr int max_stack_bytes() const { return max_spill_bytes(); }
 
   constexpr bool operator==(const BackwardSpec&) const = default;
