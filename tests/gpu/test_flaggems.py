@@ -113,3 +113,34 @@ def test_compiles_as_a_whole():
         ]
     for x, y in zip(*gradients, strict=True):
         assert close(x, y)
+
+
+@pytest.mark.skipif(
+    torch.cuda.is_available() and torch.cuda.get_device_capability() != (9, 0), reason="Hopper's"
+)
+@pytest.mark.parametrize(
+    "options", ({}, {"causal": True}, {"window_size": (100, 30), "softcap": 9.0})
+)
+@pytest.mark.parametrize("head_dim", (64, 128, 224, 256))
+def test_specialised_warps_agree_with_the_other_kernels(monkeypatch, head_dim, options):
+    from flash_attn.backends.flaggems import attention, gradients, plan, tiles
+
+    q, k, v = tensors(700, 900, 6, head_dim)
+    k, v = k[:, :, :2], v[:, :, :2]
+    inputs = [x.requires_grad_() for x in (q, k, v)]
+    dout, made, used = torch.randn_like(q), [], []
+    for module in (attention, gradients):
+        launch = module.launch_with_memory
+        monkeypatch.setattr(
+            module, "launch_with_memory", lambda *x, run=launch: used.append(x[0]) or run(*x)
+        )
+    for specializes in (False, True):
+        monkeypatch.setattr(tiles, "SPECIALIZES", specializes)
+        plan.plan_forward.cache_clear()
+        used.clear()
+        out, lse, _ = ours(*inputs, **options, return_attn_probs=True)
+        made.append((out, lse, *torch.autograd.grad(out, inputs, dout)))
+        assert bool(used) == specializes
+    plan.plan_forward.cache_clear()
+    for x, y in zip(*made, strict=True):
+        assert close(x, y)

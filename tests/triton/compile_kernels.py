@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from unittest import mock
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parents[1])]
@@ -29,7 +30,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from flash_attn.backends import Options, Sequences, flaggems  # noqa: E402
-from flash_attn.backends.flaggems import runtime  # noqa: E402
+from flash_attn.backends.flaggems import plan, runtime, tiles  # noqa: E402
 
 BF16 = torch.bfloat16
 
@@ -170,6 +171,7 @@ def calls():
     yield lambda: _attention(128, causal=True, s_aux=torch.zeros(4))
     yield lambda: _attention(96, causal=True, softcap=30.0, alibi_slopes=torch.zeros(4))
     yield lambda: _attention(128, dropout_p=0.1, rng_state=torch.tensor([1, 2]))
+    yield lambda: _specialized(128, causal=True)
     yield lambda: _varlen(128, causal=True)
     yield lambda: _cache(128)
     yield lambda: _cache(64, paged=True)
@@ -183,6 +185,7 @@ def more_calls():
         yield lambda d=head_dim: _attention(d, causal=True)
         yield lambda d=head_dim: _cache(d)
     yield lambda: _attention(128, causal=True, dtype=torch.float16)
+    yield from specialized_calls()
     for head_dim in (40, 192):
         yield lambda d=head_dim: _attention(d, causal=True)
     for options in (
@@ -194,6 +197,22 @@ def more_calls():
         yield lambda options=options: _attention(128, **options)
     yield lambda: _cache(128, paged=True)
     yield lambda: _cache(128, paged=True, sq=200)
+
+
+def _specialized(head_dim, **options):
+    with mock.patch.object(tiles, "SPECIALIZES", True):
+        plan.plan_forward.cache_clear()
+        _attention(head_dim, **options)
+        plan.plan_forward.cache_clear()
+
+
+def specialized_calls():
+    """Those that the kernel with specialised warps serves."""
+    everything = {"softcap": 30.0, "alibi_slopes": torch.zeros(4), "s_aux": torch.zeros(4)}
+    for head_dim in (64, 128, 256):
+        yield lambda d=head_dim: _specialized(d)
+        yield lambda d=head_dim: _specialized(d, causal=True)
+        yield lambda d=head_dim: _specialized(d, window_left=64, window_right=32, **everything)
 
 
 def count_specialisations():

@@ -95,6 +95,34 @@ def test_on_hopper(case, masks_all, monkeypatch):
     assert bool(described) == (not case.causal or case.sq <= case.sk)
 
 
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(batch=2, sq=70, sk=100, heads=4, heads_k=2, head_dim=64, causal=True, dtype=FP16),
+        Case(batch=1, sq=100, sk=96, heads_k=2, head_dim=64, layout="transposed"),
+        Case(batch=1, sq=60, sk=70, head_dim=112, window_size=(20, 5), sinks=True),
+        Case(batch=1, sq=70, sk=90, head_dim=120, causal=True, softcap=3.0, alibi="bh", dtype=FP16),
+        Case(
+            batch=2, sq=65, sk=130, heads=6, heads_k=2, head_dim=64, window_size=(30, 9), alibi="h"
+        ),
+        Case(batch=1, sq=70, sk=70, head_dim=64, softmax_scale=-0.3, lse_gradient=True),
+    ],
+    ids=case_id,
+)
+def test_specialised_warps(case, monkeypatch):
+    """The kernels of Hopper, which the interpreter runs as one program each."""
+    monkeypatch.setattr(runtime._runtime, "capability", lambda device: 90)
+    monkeypatch.setattr(tiles, "SPECIALIZES", True)
+    monkeypatch.setattr(tiles, "backward_dkdv_specialized", lambda *_: tiles.Tile(32, 64, 4, 2))
+    monkeypatch.setattr(tiles, "backward_dq_specialized", lambda *_: tiles.Tile(64, 32, 4, 2))
+    used = []
+    run = gradients.launch_with_memory
+    monkeypatch.setattr(gradients, "launch_with_memory", lambda *x: used.append(x[0]) or run(*x))
+    monkeypatch.setattr(gradients, "_LEAST_DESCRIBED_ROWS", 1)
+    check_backward(case)
+    assert used == [gradients.backward_dkdv_specialized, gradients.backward_dq_specialized]
+
+
 LENGTHS_Q, LENGTHS_K = (5, 0, 40, 1, 33), (33, 20, 0, 70, 20)
 
 

@@ -82,6 +82,36 @@ def test_tensor_descriptors(monkeypatch, case):
 @pytest.mark.parametrize(
     "case",
     [
+        Case(sq=70, sk=100, heads=4, heads_k=2, head_dim=64, causal=True, dtype=FP16),
+        Case(sq=100, sk=96, heads_k=2, head_dim=64, layout="transposed"),
+        Case(sq=96, sk=70, head_dim=128, window_size=(20, 5), sinks=True, layout="interleaved"),
+        Case(sq=70, sk=37, head_dim=120, causal=True, softcap=3.0, alibi="bh", dtype=FP16),
+        Case(batch=1, sq=65, sk=130, head_dim=256, window_size=(9, -1), alibi="h", dtype=FP16),
+        Case(sq=70, sk=70, head_dim=64, softmax_scale=-0.3, sinks=True),
+    ],
+    ids=case_id,
+)
+def test_specialised_warps(monkeypatch, case):
+    """The kernel of Hopper, which the interpreter runs as one program."""
+    plan.plan_forward.cache_clear()
+    monkeypatch.setattr(plan, "LEAST_DESCRIBED_KEYS", 1)
+    monkeypatch.setattr(tiles, "has_descriptors", lambda capability: True)
+    monkeypatch.setattr(tiles, "forward_specialized", lambda *_: tiles.Tile(32, 32, 4, 1))
+    used = []
+    kernel = attention.attention_forward_specialized
+    monkeypatch.setattr(
+        attention,
+        "launch_with_memory",
+        lambda *x: used.append(x[0]) or launch.launch_with_memory(*x),
+    )
+    check_forward(case)
+    assert used == [kernel]
+    plan.plan_forward.cache_clear()
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
         Case(batch=1, sq=40, sk=70, heads=2, heads_k=1, head_dim=16, causal=True, dropout_p=0.3),
         Case(batch=2, sq=33, sk=20, heads=1, heads_k=1, head_dim=16, dropout_p=0.1, softcap=2.0),
     ],

@@ -9,8 +9,9 @@ from torch import Tensor
 from flash_attn.backends.flaggems import runtime, tiles
 from flash_attn.backends.flaggems.kernels.combine import combine_parts
 from flash_attn.backends.flaggems.kernels.forward import attention_forward
+from flash_attn.backends.flaggems.kernels.forward_specialized import attention_forward_specialized
 from flash_attn.backends.flaggems.kernels.s_dmask import write_s_dmask
-from flash_attn.backends.flaggems.launch import descriptor, launch
+from flash_attn.backends.flaggems.launch import descriptor, launch, launch_with_memory
 from flash_attn.backends.flaggems.plan import Call, Plan, plan_forward
 from flash_attn.backends.interface import Options, Sequences
 
@@ -104,7 +105,7 @@ def attend(
             v.stride(),
             out.stride(),
             softmax_lse.stride(),
-            (k.data_ptr() | v.data_ptr()) % 16 == 0,
+            (q.data_ptr() | k.data_ptr() | v.data_ptr() | out.data_ptr()) % 16 == 0,
             batch,
             seqlen_q,
             seqlen_k,
@@ -135,17 +136,19 @@ def attend(
         *(slopes, s_aux, rng_state),
     )
     keys_of_kernel = k, v
-    if plan.constants["DESCRIPTORS"]:
+    if plan.specialized or plan.constants["DESCRIPTORS"]:
         columns = plan.constants["D0"]
         keys_of_kernel = (descriptor(x, plan.tile.block_n, columns) for x in (k, v))
-    launch(
-        attention_forward,
-        plan.programs,
-        device,
-        (q, *keys_of_kernel, out, softmax_lse, partial_out, partial_lse, *optional, *plan.numbers),
-        plan.constants,
-        plan.tile,
-    )
+    if plan.specialized:
+        kernel = attention_forward_specialized
+        tensors = (q, *keys_of_kernel, out, softmax_lse, slopes, s_aux)
+        run = launch_with_memory
+    else:
+        kernel = attention_forward
+        tensors = (q, *keys_of_kernel, out, softmax_lse, partial_out, partial_lse, *optional)
+        run = launch
+    arguments = (*tensors, *plan.numbers)
+    run(kernel, plan.programs, device, arguments, plan.constants, plan.tile)
     if plan.num_splits > 1:
         parts = (partial_out, partial_lse, out, softmax_lse, cu_seqlens_q, s_aux)
         launch(

@@ -19,6 +19,10 @@ from flash_attn.backends.flaggems.kernels.backward_prepare import (
     prepare,
     sink_gradient,
 )
+from flash_attn.backends.flaggems.kernels.backward_specialized import (
+    backward_dkdv_specialized,
+    backward_dq_specialized,
+)
 from flash_attn.backends.flaggems.launch import (
     LOG2E,
     check_lengths,
@@ -26,6 +30,7 @@ from flash_attn.backends.flaggems.launch import (
     dropout_numbers,
     is_describable,
     launch,
+    launch_with_memory,
     operand_unit,
     pieces,
     strides,
@@ -43,6 +48,9 @@ _MIN_SCALE = 2.0**-60
 
 # Descriptors are made at every launch, which short calls do not win back.
 _LEAST_DESCRIBED_ROWS = 512
+
+# What the kernels with specialised warps are specialised on, beside their tiles.
+_CONSTANTS_OF_SPECIALIZED = "HAS_LEFT", "HAS_RIGHT", "HAS_SOFTCAP", "HAS_ALIBI", "HEAD_DIM", "D0"
 
 # Programs that zero the gradients of rows of no sequence, of which there are usually none.
 _GAP_PROGRAMS = 16
@@ -203,24 +211,29 @@ def backward(
     if slopes is not None:
         slopes_strides = (slopes.stride(0) if slopes.dim() == 2 else 0, slopes.stride(-1))
 
+    def operands_of(passing, block):
+        """The operands of a kernel, of which two pass through its programs in blocks of rows."""
+        operands = (q, k, v, dout)
+        if not constants["DESCRIPTORS"]:
+            return operands
+        return [descriptor(x, block, d0) if any(x is y for y in passing) else x for x in operands]
+
+    def pairs_at_once(passing, pairs):
+        return max(1, min(pairs, _CACHE_BYTES * pairs // max(sum(map(_bytes, passing)), 1)))
+
     def run(kernel, gradients, passing, block, tile, num_tiles, pairs, more):
-        """Launches a kernel in num_tiles programs a pair; `passing`: two of its operands."""
-        operands = [q, k, v, dout]
-        if constants["DESCRIPTORS"]:
-            operands = [
-                descriptor(x, block, d0) if any(x is y for y in passing) else x for x in operands
-            ]
+        """Launches a kernel in num_tiles programs a pair."""
         launch(
             kernel,
             num_tiles * pairs,
             q.device,
             (
-                *(*operands, workspace, *gradients, *(q if x is None else x for x in optional)),
+                *(*operands_of(passing, block), workspace, *gradients),
+                *(q if x is None else x for x in optional),
                 *(y for x in (q, k, v, dout, *gradients) for y in strides(x, unit)),
                 *(shapes.workspace_rows, *slopes_strides, shapes.total_q, shapes.total_k),
                 *(shapes.num_heads_k, shapes.group_size, shapes.seqlen_q, shapes.seqlen_k),
-                *(window_left, window_right, num_tiles, pairs),
-                max(1, min(pairs, _CACHE_BYTES * pairs // max(sum(map(_bytes, passing)), 1))),
+                *(window_left, window_right, num_tiles, pairs, pairs_at_once(passing, pairs)),
                 *(score_scale, softcap * LOG2E, *dropout_numbers(dropout_p)),
                 options.softmax_scale,
             ),
@@ -230,16 +243,57 @@ def backward(
             tile,
         )
 
+    def run_specialized(kernel, gradients, passing, staying, block, tile, num_tiles, pairs):
+        """`run` of a kernel of kernels/backward_specialized.py."""
+        launch_with_memory(
+            kernel,
+            num_tiles * pairs,
+            q.device,
+            (
+                *(*operands_of(passing, block), workspace, *gradients, slopes),
+                *(y for x in (*staying, *gradients) for y in strides(x, unit)),
+                *(shapes.workspace_rows, *slopes_strides),
+                *(shapes.num_heads_k, shapes.group_size, shapes.seqlen_q, shapes.seqlen_k),
+                *(window_left, window_right, num_tiles, pairs, pairs_at_once(passing, pairs)),
+                *(score_scale, softcap * LOG2E, options.softmax_scale),
+            ),
+            {name: constants[name] for name in _CONSTANTS_OF_SPECIALIZED}
+            | {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n},
+            tile,
+        )
+
     masked = window_left >= 0 or window_right >= 0
     has_features = softcap > 0 or slopes is not None or dropout_p > 0
     described = constants["DESCRIPTORS"]
-    tile = tiles.backward_dkdv(capability, d0 + d1, described, has_features)
-    num_tiles, pairs = -(-shapes.seqlen_k // tile.block_n), shapes.batch * shapes.num_heads_k
-    masks_all = {"MASKS_ALL": masked and tiles.backward_masks_all(d0 + d1, described)}
-    run(backward_dkdv, (dk, dv), (q, dout), tile.block_m, tile, num_tiles, pairs, masks_all)
-    tile = tiles.backward_dq(capability, d0 + d1, has_features)
-    num_tiles, pairs = -(-shapes.seqlen_q // tile.block_m), shapes.batch * shapes.num_heads
-    run(backward_dq, (dq,), (k, v), tile.block_n, tile, num_tiles, pairs, {})
+    specializes = (
+        described
+        and unit == 8
+        and dropout_p == 0
+        and 2 * shapes.group_size * shapes.workspace_rows < 2**31
+    )
+    num_pairs, num_pairs_k = shapes.batch * shapes.num_heads, shapes.batch * shapes.num_heads_k
+    if specializes and (tile := tiles.backward_dkdv_specialized(capability, d0)):
+        run_specialized(
+            *(backward_dkdv_specialized, (dk, dv), (q, dout), (k, v), tile.block_m, tile),
+            *(-(-shapes.seqlen_k // tile.block_n), num_pairs_k),
+        )
+    else:
+        tile = tiles.backward_dkdv(capability, d0 + d1, described, has_features)
+        num_tiles = -(-shapes.seqlen_k // tile.block_n)
+        masks_all = {"MASKS_ALL": masked and tiles.backward_masks_all(d0 + d1, described)}
+        run(
+            *(backward_dkdv, (dk, dv), (q, dout), tile.block_m, tile),
+            *(num_tiles, num_pairs_k, masks_all),
+        )
+    if specializes and (tile := tiles.backward_dq_specialized(capability, d0)):
+        run_specialized(
+            *(backward_dq_specialized, (dq,), (k, v), (q, dout), tile.block_n, tile),
+            *(-(-shapes.seqlen_q // tile.block_m), num_pairs),
+        )
+    else:
+        tile = tiles.backward_dq(capability, d0 + d1, has_features)
+        num_tiles = -(-shapes.seqlen_q // tile.block_m)
+        run(backward_dq, (dq,), (k, v), tile.block_n, tile, num_tiles, num_pairs, {})
 
     if ds_aux is not None:
         launch(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import functools
 from typing import Any
 
@@ -161,3 +162,21 @@ def launch(
         if key is not None and compiled is not None:
             names = kernel.arg_names[len(arguments) :]
             _compiled[key] = compiled, tuple(constants[name] for name in names)
+
+
+def launch_with_memory(*arguments: Any) -> None:
+    """`launch` of a kernel that makes tensor descriptors: Triton asks us for their memory.
+
+    It asks what triton.set_allocator was told in this context; so a copy of the context is told.
+    """
+    contextvars.copy_context().run(_launch_with_memory, *arguments)
+
+
+def _launch_with_memory(kernel: Any, programs: int, device: torch.device, *others: Any) -> None:
+    import triton
+
+    def allocate(size: int, alignment: int, stream: int | None) -> Tensor:
+        return torch.empty(size, dtype=torch.uint8, device=device)
+
+    triton.set_allocator(allocate)
+    launch(kernel, programs, device, *others)

@@ -24,6 +24,19 @@ from flash_attn.backends.flaggems.launch import (
 MAX_SPLITS = 128
 # Rows that one tile of the kernel for few rows has at most.
 MOST_FEW_ROWS = 64
+# What the kernel with specialised warps takes, in its order.
+_NUMBERS_OF_SPECIALIZED = (
+    *("q_batch_stride", "q_row_stride", "q_head_stride"),
+    *("out_batch_stride", "out_row_stride", "out_head_stride"),
+    *("lse_batch_stride", "lse_head_stride"),
+    *("slopes_batch_stride", "slopes_head_stride", "s_aux_stride"),
+    *("num_heads", "group_size", "seqlen_q", "seqlen_k", "num_tiles"),
+    *("window_left", "window_right", "scale", "softcap"),
+)
+_CONSTANTS_OF_SPECIALIZED = (
+    *("MASKED", "HAS_LEFT", "HAS_RIGHT", "HAS_SOFTCAP", "HAS_ALIBI", "HAS_SINK", "TRANSFORMED"),
+    *("HEAD_DIM", "D0", "BLOCK_M", "BLOCK_N"),
+)
 # Descriptors are made at every launch, which short calls do not win back.
 LEAST_DESCRIBED_KEYS = 512
 
@@ -35,7 +48,7 @@ class Call(NamedTuple):
         capability, num_units: of the device, see `Runtime`.
         q_shape, k_shape: of the tensors.
         q_strides, k_strides, v_strides, out_strides, lse_strides: of the tensors, in elements.
-        aligned_keys: whether the memory of k and v begins at multiples of 16 bytes.
+        aligned: whether the memory of q, k, v and out begins at multiples of 16 bytes.
         batch: number of sequences.
         seqlen_q, seqlen_k: rows of each sequence, of the longest where lengths vary.
         seqlen_new: keys beyond those that seqused counts.
@@ -54,7 +67,7 @@ class Call(NamedTuple):
     v_strides: tuple[int, ...]
     out_strides: tuple[int, ...]
     lse_strides: tuple[int, ...]
-    aligned_keys: bool
+    aligned: bool
     batch: int
     seqlen_q: int
     seqlen_k: int
@@ -82,6 +95,7 @@ class Plan(NamedTuple):
     Attributes:
         programs, numbers, constants, tile: of the forward kernel; numbers are its arguments behind
             the tensors.
+        specialized: whether that is the one of kernels/forward_specialized.py.
         num_splits: parts of the keys; above 1 they are combined.
         rows: query rows, that is programs of the kernel that combines.
         combine_numbers, combine_constants: of that kernel.
@@ -91,6 +105,7 @@ class Plan(NamedTuple):
     numbers: tuple
     constants: dict[str, Any]
     tile: tiles.Tile
+    specialized: bool
     num_splits: int
     rows: int
     combine_numbers: tuple
@@ -123,7 +138,7 @@ def _takes_descriptors(call: Call, head_is_whole: bool) -> bool:
     """Whether keys and values are read through tensor descriptors."""
     return (
         tiles.has_descriptors(call.capability)
-        and call.aligned_keys
+        and call.aligned
         and head_is_whole
         and call.seqlen_k >= LEAST_DESCRIBED_KEYS
         and not (call.varlen_q or call.varlen_k or call.has_seqused or call.has_leftpad)
@@ -131,6 +146,12 @@ def _takes_descriptors(call: Call, head_is_whole: bool) -> bool:
         and is_describable(call.k_shape, call.k_strides)
         and is_describable(call.k_shape, call.v_strides)
     )
+
+
+def _strides(name: str, strides: tuple[int, ...], unit: int) -> dict[str, int]:
+    """`leading_strides` by the names of the kernels' arguments."""
+    names = (f"{name}_{dimension}_stride" for dimension in ("batch", "row", "head"))
+    return dict(zip(names, leading_strides(strides, unit), strict=True))
 
 
 @functools.lru_cache(maxsize=4096)
@@ -157,6 +178,12 @@ def plan_forward(call: Call) -> Plan:
     else:
         rows = call.seqlen_q
         tile = tiles.forward(call.capability, d0 + d1, has_dropout)
+    described = not few and _takes_descriptors(call, d1 == 0)
+    unit = unit_of(call.q_strides, call.k_strides, call.v_strides, call.out_strides)
+    specialized = None
+    if described and unit == 8 and not has_dropout and is_describable(call.q_shape, call.q_strides):
+        specialized = tiles.forward_specialized(call.capability, d0)
+        tile = specialized or tile
     heads = call.k_shape[-2] if packed else num_heads
     num_tiles = -(-rows // tile.block_m)
     splits = 1
@@ -170,41 +197,43 @@ def plan_forward(call: Call) -> Plan:
         items = call.batch * heads * num_tiles
         splits = plan_splits(items, visible, 2 * call.num_units, tile.block_n)
 
-    unit = unit_of(call.q_strides, call.k_strides, call.v_strides, call.out_strides)
     lse_strides = (0, *call.lse_strides) if call.varlen_q else call.lse_strides
     slopes_strides = call.slopes_strides or (0,)
     has_slopes, has_sink = call.slopes_strides is not None, call.s_aux_stride is not None
     softcap, scale = call.softcap, call.softmax_scale
     total_q = call.q_shape[0] if call.varlen_q else 0
-    numbers = (
-        *leading_strides(call.q_strides, unit),
-        *leading_strides(call.k_strides, unit),
-        *leading_strides(call.v_strides, unit),
-        *leading_strides(call.out_strides, unit),
-        *lse_strides[:2],
-        call.table_stride or 0,
-        slopes_strides[0] if len(slopes_strides) == 2 else 0,
-        slopes_strides[-1],
-        call.s_aux_stride or 0,
-        call.batch,
-        num_heads,
-        group_size,
-        call.seqlen_q,
-        call.seqlen_k,
-        call.seqlen_new,
-        total_q,
-        call.k_shape[0] if call.varlen_k else 0,
-        call.k_shape[1] if paged else 1,
-        call.k_shape[0] if paged else 1,
-        call.k_shape[0],
-        num_tiles,
-        splits,
-        max(left, 0),
-        max(right, 0),
-        2 * LOG2E * scale / softcap if softcap > 0 else scale * LOG2E,
-        softcap * LOG2E,
-        *dropout_numbers(call.dropout_p),
-    )
+    threshold, dropout_scale = dropout_numbers(call.dropout_p)
+    numbers = {
+        **_strides("q", call.q_strides, unit),
+        **_strides("k", call.k_strides, unit),
+        **_strides("v", call.v_strides, unit),
+        **_strides("out", call.out_strides, unit),
+        "lse_batch_stride": lse_strides[0],
+        "lse_head_stride": lse_strides[1],
+        "table_stride": call.table_stride or 0,
+        "slopes_batch_stride": slopes_strides[0] if len(slopes_strides) == 2 else 0,
+        "slopes_head_stride": slopes_strides[-1],
+        "s_aux_stride": call.s_aux_stride or 0,
+        "batch": call.batch,
+        "num_heads": num_heads,
+        "group_size": group_size,
+        "seqlen_q": call.seqlen_q,
+        "seqlen_k": call.seqlen_k,
+        "seqlen_new": call.seqlen_new,
+        "total_q": total_q,
+        "total_k": call.k_shape[0] if call.varlen_k else 0,
+        "page_size": call.k_shape[1] if paged else 1,
+        "num_pages": call.k_shape[0] if paged else 1,
+        "cache_rows": call.k_shape[0],
+        "num_tiles": num_tiles,
+        "num_splits": splits,
+        "window_left": max(left, 0),
+        "window_right": max(right, 0),
+        "scale": 2 * LOG2E * scale / softcap if softcap > 0 else scale * LOG2E,
+        "softcap": softcap * LOG2E,
+        "dropout_threshold": threshold,
+        "dropout_scale": dropout_scale,
+    }
     constants = {
         "UNIT": unit,
         "VARLEN_Q": call.varlen_q,
@@ -213,7 +242,7 @@ def plan_forward(call: Call) -> Plan:
         "HAS_LEFTPAD": call.has_leftpad,
         "HAS_BATCH_IDX": call.has_batch_idx,
         "PAGED": paged,
-        "DESCRIPTORS": not few and _takes_descriptors(call, d1 == 0),
+        "DESCRIPTORS": described,
         "PACKED": packed,
         "SPLIT": splits > 1,
         "HAS_LEFT": left >= 0,
@@ -243,11 +272,16 @@ def plan_forward(call: Call) -> Plan:
         "BLOCK_D": d0 if d1 == 0 else 2 * d0,
         "MAX_SPLITS": MAX_SPLITS,
     }
+    if specialized is not None:
+        numbers = {name: numbers[name] for name in _NUMBERS_OF_SPECIALIZED}
+        constants["MASKED"] = left >= 0 or right >= 0 or call.seqlen_k % tile.block_n != 0
+        constants = {name: constants[name] for name in _CONSTANTS_OF_SPECIALIZED}
     return Plan(
         call.batch * heads * splits * num_tiles,
-        numbers,
+        tuple(numbers.values()),
         constants,
         tile,
+        specialized is not None,
         splits,
         call.batch * heads * rows,
         combine_numbers,

@@ -50,6 +50,22 @@ _FEW_ROWS = {
     86: ((64, Tile(16, 64, 4, 3)), (128, Tile(16, 64, 4, 2)), (256, Tile(16, 32, 4, 2))),
     0: ((64, Tile(16, 64, 4, 2)), (128, Tile(16, 64, 4, 1)), (256, Tile(16, 32, 4, 1))),
 }
+# Dense calls on Hopper, by kernels whose warps are specialised: of three groups of num_warps two
+# have half of the rows (of the keys for dK and dV) each, and the third brings what passes, into
+# num_stages buffers.
+_FORWARD_SPECIALIZED = (
+    (64, Tile(128, 128, 4, 3)),
+    (128, Tile(128, 128, 4, 2)),
+    (256, Tile(128, 64, 4, 2)),
+)
+_DKDV_SPECIALIZED = ((64, Tile(128, 128, 4, 2)), (128, Tile(64, 128, 4, 2)))
+_DQ_SPECIALIZED = (
+    (64, Tile(128, 128, 4, 2)),
+    (128, Tile(128, 64, 4, 2)),
+    (256, Tile(128, 32, 4, 2)),
+)
+# They have been compiled and interpreted, and have not run on a GPU.
+SPECIALIZES = False
 
 
 def family(capability: int) -> int:
@@ -72,6 +88,27 @@ def forward(capability: int, head_dim: int, has_dropout: bool = False) -> Tile:
     if has_dropout:  # random numbers take registers
         tile = tile._replace(block_n=min(tile.block_n, 64))
     return tile
+
+
+def _find_specialized(entries: tuple[tuple[int, Tile], ...], capability: int, head_dim: int):
+    if not (SPECIALIZES and capability == 90 and has_descriptors(capability) and head_dim >= 64):
+        return None
+    return next((tile for most, tile in entries if head_dim <= most), None)
+
+
+def forward_specialized(capability: int, head_dim: int) -> Tile | None:
+    """The tile of the forward kernel with specialised warps; None where another serves."""
+    return _find_specialized(_FORWARD_SPECIALIZED, capability, head_dim)
+
+
+def backward_dkdv_specialized(capability: int, head_dim: int) -> Tile | None:
+    """The tile of the kernel of dK and dV with specialised warps; None where another serves."""
+    return _find_specialized(_DKDV_SPECIALIZED, capability, head_dim)
+
+
+def backward_dq_specialized(capability: int, head_dim: int) -> Tile | None:
+    """The tile of the kernel of dQ with specialised warps; None where another serves."""
+    return _find_specialized(_DQ_SPECIALIZED, capability, head_dim)
 
 
 def few_rows(capability: int, head_dim: int, rows: int) -> Tile:
