@@ -6,6 +6,7 @@ has found.
 """
 
 import collections
+import faulthandler
 import importlib
 import multiprocessing
 import multiprocessing.connection
@@ -64,6 +65,7 @@ def _work(connection, index, setup, function):
     """The worker: answers (result, error, whether its context is still usable)."""
     for number in (signal.SIGINT, signal.SIGTERM):  # sent to the whole group; the parent decides
         signal.signal(number, signal.SIG_IGN)
+    faulthandler.register(signal.SIGUSR1)
     try:
         if torch.cuda.device_count() > 1:
             torch.cuda.set_device(index % torch.cuda.device_count())
@@ -106,6 +108,11 @@ class _Worker:
         self.connection.send(item)
         self.item, self.deadline = item, time.monotonic() + seconds
 
+    def say_where(self):
+        """Has the process print where it is."""
+        os.kill(self.process.pid, signal.SIGUSR1)
+        time.sleep(0.2)
+
     def end(self):
         self.process.kill()
         self.process.join()
@@ -129,6 +136,7 @@ def run(items, function, setup=None, workers=4, seconds=40, until=None):
         _Worker(context, index, setup, function, seconds)
         for index in range(0 if stopped() else min(workers, len(waiting) or 1))
     ]
+    began = time.monotonic()
     try:
         while pool and not stopped():
             now = time.monotonic()
@@ -146,10 +154,13 @@ def run(items, function, setup=None, workers=4, seconds=40, until=None):
                         error = f"the process ended with status {worker.process.exitcode}"
                     if worker.starting and not usable:
                         raise RuntimeError(f"a worker could not start:\n{error}")
+                    if worker.starting and not any(w.starting for w in pool if w is not worker):
+                        print(f"({len(pool)} processes, {now - began:.0f} s)", flush=True)
                     if not worker.starting:
                         outcome = Outcome(worker.item, result, error)
                     worker.item, worker.starting = None, False
                 elif time.monotonic() > worker.deadline:
+                    worker.say_where()
                     outcome = Outcome(worker.item, None, f"no result within {seconds:.0f} s")
                     usable = False
                 if outcome is not None:
