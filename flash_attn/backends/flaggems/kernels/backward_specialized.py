@@ -25,21 +25,25 @@ from flash_attn.backends.flaggems.kernels.common import (
 from flash_attn.backends.flaggems.kernels.forward_specialized import UNIT
 from flash_attn.backends.flaggems.kernels.rows import load_described
 
-NUMBERS = [
+STRIDES_OF_KEYS = [
     *("k_batch_stride", "k_row_stride", "k_head_stride"),
     *("v_batch_stride", "v_row_stride", "v_head_stride"),
     *("dk_batch_stride", "dk_row_stride", "dk_head_stride"),
     *("dv_batch_stride", "dv_row_stride", "dv_head_stride"),
+]
+STRIDES_OF_QUERIES = [
     *("q_batch_stride", "q_row_stride", "q_head_stride"),
     *("dout_batch_stride", "dout_row_stride", "dout_head_stride"),
     *("dq_batch_stride", "dq_row_stride", "dq_head_stride"),
+]
+NUMBERS = [
     *("workspace_rows", "slopes_batch_stride", "slopes_head_stride"),
     *("num_heads_k", "group_size", "seqlen_q", "seqlen_k", "window_left", "window_right"),
     *("num_tiles", "num_pairs", "pairs_at_once", "score_scale", "softcap", "softmax_scale"),
 ]
 
 
-@triton.jit(do_not_specialize=[name for name in NUMBERS if name[:2] not in ("q_", "do", "dq")])
+@triton.jit(do_not_specialize=[*STRIDES_OF_KEYS, *NUMBERS])
 def backward_dkdv_specialized(
     q,  # tensor descriptors (b, h, sq, d)
     k,
@@ -157,7 +161,8 @@ def backward_dkdv_specialized(
         ds = p * (dp + minus_d[None, :])
         if HAS_SOFTCAP:
             ds = ds * (1.0 - capped * capped)
-        if HAS_RIGHT or HAS_LEFT:  # whatever dO is: it takes fewer registers than to keep `sees`
+        if HAS_RIGHT or HAS_LEFT:
+            # Whatever dO is where P is 0. To keep `sees` for this would take more registers.
             ds = tl.where(p == 0.0, 0.0, ds)
         dk0 = tl.dot(ds.to(q0.dtype), q0, dk0)
 
@@ -171,9 +176,7 @@ def backward_dkdv_specialized(
     store_tile(dv, dv_row_stride * UNIT, dv0.to(dv.dtype.element_ty), rows, BLOCK_N, D0, HEAD_DIM)
 
 
-@triton.jit(
-    do_not_specialize=[name for name in NUMBERS if name[:2] not in ("k_", "v_", "dk", "dv")]
-)
+@triton.jit(do_not_specialize=[*STRIDES_OF_QUERIES, *NUMBERS])
 def backward_dq_specialized(
     q,
     k,  # tensor descriptors (b, hk, sk, d)
