@@ -137,8 +137,8 @@ def _attention(head_dim, with_gradient=True, dtype=BF16, **options):
 
 def _varlen(head_dim, with_gradient=True, **options):
     q, k, v = (x.flatten(0, 1) for x in _qkv(head_dim))
-    cu = torch.tensor([0, 256, 512]).int()
-    sequences, options = Sequences(cu, cu, 256, 256), Options(head_dim**-0.5, **options)
+    cu = torch.tensor([0, 512, 1024]).int()
+    sequences, options = Sequences(cu, cu, 512, 512), Options(head_dim**-0.5, **options)
     out, lse, _ = flaggems.forward(q, k, v, options, sequences)
     if with_gradient:
         gradients = [torch.empty_like(x) for x in (q, k, v)]
@@ -199,10 +199,10 @@ def more_calls():
     yield lambda: _cache(128, paged=True, sq=200)
 
 
-def _specialized(head_dim, **options):
+def _specialized(head_dim, call=None, **options):
     with mock.patch.object(tiles, "SPECIALIZES", True):
         plan.plan_forward.cache_clear()
-        _attention(head_dim, **options)
+        (call or _attention)(head_dim, **options)
         plan.plan_forward.cache_clear()
 
 
@@ -212,6 +212,7 @@ def specialized_calls():
     for head_dim in (64, 128, 256):
         yield lambda d=head_dim: _specialized(d)
         yield lambda d=head_dim: _specialized(d, causal=True)
+        yield lambda d=head_dim: _specialized(d, _varlen, causal=True)
         yield lambda d=head_dim: _specialized(d, window_left=64, window_right=32, **everything)
 
 

@@ -8,6 +8,7 @@ import torch
 from checks import FP16, FP32, assert_attention_close, assert_close, cumulative
 
 import flash_attn
+from flash_attn.backends.flaggems import attention, plan, tiles
 from flash_attn.flash_attn_interface import _flash_attn_varlen_forward
 
 LENGTHS_Q, LENGTHS_K = (5, 0, 40, 1), (33, 20, 0, 70)
@@ -53,6 +54,30 @@ def test_against_the_reference(dtype, head_dim, options):
         cu_seqlens_k=cu_k,
         **options,
     )
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"causal": True, "softcap": 2.0},
+        {"window_size": (10, 4), "s_aux": torch.tensor([0.3, -2.0, 1.0, 0.0])},
+        {"causal": True, "alibi_slopes": torch.rand(4, 4)},
+    ],
+    ids=("plain", "causal", "window-sinks", "alibi"),
+)
+@pytest.mark.parametrize("dtype, head_dim", [(FP32, 64), (FP16, 112)])
+def test_specialised_warps(monkeypatch, dtype, head_dim, options):
+    """The kernel of Hopper, which the interpreter runs as one program."""
+    plan.plan_forward.cache_clear()
+    monkeypatch.setattr(plan, "LEAST_DESCRIBED_KEYS", 1)
+    monkeypatch.setattr(tiles, "has_descriptors", lambda capability: True)
+    monkeypatch.setattr(tiles, "forward_specialized", lambda *_: tiles.Tile(32, 32, 4, 1))
+    used, run = [], attention.launch_with_memory
+    monkeypatch.setattr(attention, "launch_with_memory", lambda *x: used.append(x) or run(*x))
+    test_against_the_reference(dtype, head_dim, options)
+    assert len(used) == 1
+    plan.plan_forward.cache_clear()
 
 
 def test_dropout_counts_inside_the_sequence():

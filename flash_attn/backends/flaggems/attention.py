@@ -136,12 +136,13 @@ def attend(
         *(slopes, s_aux, rng_state),
     )
     keys_of_kernel = k, v
-    if plan.specialized or plan.constants["DESCRIPTORS"]:
+    if plan.described:
         columns = plan.constants["D0"]
         keys_of_kernel = (descriptor(x, plan.tile.block_n, columns) for x in (k, v))
     if plan.specialized:
         kernel = attention_forward_specialized
-        tensors = (q, *keys_of_kernel, out, softmax_lse, slopes, s_aux)
+        lengths = cu_seqlens_q, cu_seqlens_k, seqused
+        tensors = (q, *keys_of_kernel, out, softmax_lse, *lengths, slopes, s_aux)
         run = launch_with_memory
     else:
         kernel = attention_forward

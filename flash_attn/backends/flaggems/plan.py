@@ -27,14 +27,25 @@ MOST_FEW_ROWS = 64
 # What the kernel with specialised warps takes, in its order.
 _NUMBERS_OF_SPECIALIZED = (
     *("q_batch_stride", "q_row_stride", "q_head_stride"),
+    *("k_row_stride", "k_head_stride", "v_row_stride", "v_head_stride"),
     *("out_batch_stride", "out_row_stride", "out_head_stride"),
     *("lse_batch_stride", "lse_head_stride"),
     *("slopes_batch_stride", "slopes_head_stride", "s_aux_stride"),
-    *("num_heads", "group_size", "seqlen_q", "seqlen_k", "num_tiles"),
-    *("window_left", "window_right", "scale", "softcap"),
+    *("batch", "num_heads", "group_size", "seqlen_q", "seqlen_k", "total_q", "total_k"),
+    *("num_tiles", "window_left", "window_right", "scale", "softcap"),
 )
 _CONSTANTS_OF_SPECIALIZED = (
-    *("MASKED", "HAS_LEFT", "HAS_RIGHT", "HAS_SOFTCAP", "HAS_ALIBI", "HAS_SINK", "TRANSFORMED"),
+    *(
+        "VARLEN",
+        "HAS_SEQUSED",
+        "MASKED",
+        "HAS_LEFT",
+        "HAS_RIGHT",
+        "HAS_SOFTCAP",
+        "HAS_ALIBI",
+        "HAS_SINK",
+        "TRANSFORMED",
+    ),
     *("HEAD_DIM", "D0", "BLOCK_M", "BLOCK_N"),
 )
 # Descriptors are made at every launch, which short calls do not win back.
@@ -96,6 +107,7 @@ class Plan(NamedTuple):
         programs, numbers, constants, tile: of the forward kernel; numbers are its arguments behind
             the tensors.
         specialized: whether that is the one of kernels/forward_specialized.py.
+        described: whether it takes keys and values as tensor descriptors.
         num_splits: parts of the keys; above 1 they are combined.
         rows: query rows, that is programs of the kernel that combines.
         combine_numbers, combine_constants: of that kernel.
@@ -106,6 +118,7 @@ class Plan(NamedTuple):
     constants: dict[str, Any]
     tile: tiles.Tile
     specialized: bool
+    described: bool
     num_splits: int
     rows: int
     combine_numbers: tuple
@@ -134,15 +147,15 @@ def plan_splits(num_items: int, num_keys: int, num_units: int, block_n: int) -> 
     return best
 
 
-def _takes_descriptors(call: Call, head_is_whole: bool) -> bool:
-    """Whether keys and values are read through tensor descriptors."""
+def _has_described_keys(call: Call, head_is_whole: bool) -> bool:
+    """Whether tensor descriptors can be made of keys and values, and are worth it."""
     return (
         tiles.has_descriptors(call.capability)
         and call.aligned
         and head_is_whole
         and call.seqlen_k >= LEAST_DESCRIBED_KEYS
-        and not (call.varlen_q or call.varlen_k or call.has_seqused or call.has_leftpad)
-        and not (call.has_batch_idx or call.table_stride is not None)
+        and call.table_stride is None
+        and not (call.has_leftpad or call.has_batch_idx)
         and is_describable(call.k_shape, call.k_strides)
         and is_describable(call.k_shape, call.v_strides)
     )
@@ -178,10 +191,18 @@ def plan_forward(call: Call) -> Plan:
     else:
         rows = call.seqlen_q
         tile = tiles.forward(call.capability, d0 + d1, has_dropout)
-    described = not few and _takes_descriptors(call, d1 == 0)
     unit = unit_of(call.q_strides, call.k_strides, call.v_strides, call.out_strides)
+    describable = not few and _has_described_keys(call, d1 == 0)
+    # Descriptors of the host have the keys of all sequences in their shape.
+    described = describable and not (call.varlen_q or call.varlen_k or call.has_seqused)
+    varlen = call.varlen_q and call.varlen_k
     specialized = None
-    if described and unit == 8 and not has_dropout and is_describable(call.q_shape, call.q_strides):
+    if (
+        (described or (describable and varlen))
+        and unit == 8
+        and not has_dropout
+        and is_describable(call.q_shape, call.q_strides)
+    ):
         specialized = tiles.forward_specialized(call.capability, d0)
         tile = specialized or tile
     heads = call.k_shape[-2] if packed else num_heads
@@ -274,7 +295,8 @@ def plan_forward(call: Call) -> Plan:
     }
     if specialized is not None:
         numbers = {name: numbers[name] for name in _NUMBERS_OF_SPECIALIZED}
-        constants["MASKED"] = left >= 0 or right >= 0 or call.seqlen_k % tile.block_n != 0
+        constants["VARLEN"] = varlen
+        constants["MASKED"] = varlen or left >= 0 or right >= 0 or call.seqlen_k % tile.block_n != 0
         constants = {name: constants[name] for name in _CONSTANTS_OF_SPECIALIZED}
     return Plan(
         call.batch * heads * splits * num_tiles,
@@ -282,6 +304,7 @@ def plan_forward(call: Call) -> Plan:
         constants,
         tile,
         specialized is not None,
+        described,
         splits,
         call.batch * heads * rows,
         combine_numbers,
