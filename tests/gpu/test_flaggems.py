@@ -3,6 +3,7 @@
 A test that fails says that FlagGems has changed: the rule of policy.py that it shows can go.
 """
 
+import functools
 import importlib.util
 
 import pytest
@@ -122,11 +123,24 @@ def test_compiles_as_a_whole():
     "options", ({}, {"causal": True}, {"window_size": (100, 30), "softcap": 9.0})
 )
 @pytest.mark.parametrize("head_dim", (64, 128, 224, 256))
-def test_specialised_warps_agree_with_the_other_kernels(monkeypatch, head_dim, options):
+@pytest.mark.parametrize("varlen", (False, True))
+def test_specialised_warps_agree_with_the_other_kernels(monkeypatch, head_dim, options, varlen):
     from flash_attn.backends.flaggems import attention, gradients, plan, tiles
 
     q, k, v = tensors(700, 900, 6, head_dim)
     k, v = k[:, :, :2], v[:, :, :2]
+    call = ours
+    if varlen:
+        q, k, v = q[0], k[0], v[0]
+        cu_q = torch.tensor([0, 500, 500, 690], dtype=torch.int32)  # ten rows of no sequence
+        cu_k = torch.tensor([0, 600, 700, 900], dtype=torch.int32)
+        call = functools.partial(
+            flash_attn.flash_attn_varlen_func,
+            cu_seqlens_q=cu_q,
+            cu_seqlens_k=cu_k,
+            max_seqlen_q=512,
+            max_seqlen_k=600,
+        )
     inputs = [x.requires_grad_() for x in (q, k, v)]
     dout, made, used = torch.randn_like(q), [], []
     for module in (attention, gradients):
@@ -138,8 +152,9 @@ def test_specialised_warps_agree_with_the_other_kernels(monkeypatch, head_dim, o
         monkeypatch.setattr(tiles, "SPECIALIZES", specializes)
         plan.plan_forward.cache_clear()
         used.clear()
-        out, lse, _ = ours(*inputs, **options, return_attn_probs=True)
-        made.append((out, lse, *torch.autograd.grad(out, inputs, dout)))
+        with use_backend("flaggems"):
+            out, lse, _ = call(*inputs, **options, return_attn_probs=True)
+            made.append((out, lse, *torch.autograd.grad(out, inputs, dout)))
         assert bool(used) == specializes
     plan.plan_forward.cache_clear()
     for x, y in zip(*made, strict=True):

@@ -95,6 +95,20 @@ def test_on_hopper(case, masks_all, monkeypatch):
     assert bool(described) == (not case.causal or case.sq <= case.sk)
 
 
+SPECIALISED = [gradients.backward_dkdv_specialized, gradients.backward_dq_specialized]
+
+
+def _specialise(monkeypatch):
+    """Has the kernels of Hopper serve, which the interpreter runs as one program; lists them."""
+    monkeypatch.setattr(runtime._runtime, "capability", lambda device: 90)
+    monkeypatch.setattr(tiles, "backward_dkdv_specialized", lambda *_: tiles.Tile(32, 64, 4, 2))
+    monkeypatch.setattr(tiles, "backward_dq_specialized", lambda *_: tiles.Tile(64, 32, 4, 2))
+    monkeypatch.setattr(gradients, "_LEAST_DESCRIBED_ROWS", 1)
+    used, run = [], gradients.launch_with_memory
+    monkeypatch.setattr(gradients, "launch_with_memory", lambda *x: used.append(x[0]) or run(*x))
+    return used
+
+
 @pytest.mark.parametrize(
     "case",
     [
@@ -110,17 +124,9 @@ def test_on_hopper(case, masks_all, monkeypatch):
     ids=case_id,
 )
 def test_specialised_warps(case, monkeypatch):
-    """The kernels of Hopper, which the interpreter runs as one program each."""
-    monkeypatch.setattr(runtime._runtime, "capability", lambda device: 90)
-    monkeypatch.setattr(tiles, "SPECIALIZES", True)
-    monkeypatch.setattr(tiles, "backward_dkdv_specialized", lambda *_: tiles.Tile(32, 64, 4, 2))
-    monkeypatch.setattr(tiles, "backward_dq_specialized", lambda *_: tiles.Tile(64, 32, 4, 2))
-    used = []
-    run = gradients.launch_with_memory
-    monkeypatch.setattr(gradients, "launch_with_memory", lambda *x: used.append(x[0]) or run(*x))
-    monkeypatch.setattr(gradients, "_LEAST_DESCRIBED_ROWS", 1)
+    used = _specialise(monkeypatch)
     check_backward(case)
-    assert used == [gradients.backward_dkdv_specialized, gradients.backward_dq_specialized]
+    assert used == SPECIALISED
 
 
 LENGTHS_Q, LENGTHS_K = (5, 0, 40, 1, 33), (33, 20, 0, 70, 20)
@@ -142,8 +148,11 @@ def _varlen_inputs(dtype=FP16, head_dim=32, rest_q=0, rest_k=0):
     ],
     ids=("plain", "causal-softcap", "window", "alibi"),
 )
-def test_variable_length(options):
-    check_varlen_backward(*_varlen_inputs(), **options)
+@pytest.mark.parametrize("specialised", (False, True))
+def test_variable_length(options, specialised, monkeypatch):
+    used = _specialise(monkeypatch) if specialised else []
+    check_varlen_backward(*_varlen_inputs(head_dim=64 if specialised else 32), **options)
+    assert used == (SPECIALISED if specialised else [])
 
 
 def _gradients(tensors, sequences, options, dsoftmax_lse=None):
@@ -158,12 +167,14 @@ def _gradients(tensors, sequences, options, dsoftmax_lse=None):
     return dout, [*results, softmax_d]
 
 
+@pytest.mark.parametrize("specialised", (False, True))
 @pytest.mark.parametrize("causal", (False, True))
-def test_padding_is_not_read(causal, monkeypatch):
+def test_padding_is_not_read(causal, specialised, monkeypatch):
     """Rows of no sequence, and keys beyond seqused_k, are NaN; their gradients are 0."""
+    kernels = _specialise(monkeypatch) if specialised else []
     for name in ("forward", "backward"):  # lengths are not checked where they are on a GPU
         monkeypatch.setattr(check, name, lambda *_: None)
-    q, k, v, cu_q, cu_k, *most = _varlen_inputs(rest_q=9, rest_k=40)
+    q, k, v, cu_q, cu_k, *most = _varlen_inputs(head_dim=64, rest_q=9, rest_k=40)
     cu_q, cu_k = cu_q + 2, cu_k + 35  # rows before the first sequence and after the last
     used = torch.tensor([30, 20, 0, 50, 3]).int()
     valid_q, valid_k = torch.zeros(len(q)).bool(), torch.zeros(len(k)).bool()
@@ -171,7 +182,9 @@ def test_padding_is_not_read(causal, monkeypatch):
     for begin, length in zip(cu_k[:-1].tolist(), used.tolist(), strict=True):
         valid_k[begin : begin + length] = True
     q[~valid_q], k[~valid_k], v[~valid_k] = math.nan, math.inf, math.nan
-    options = Options(0.2, causal, dropout_p=0.2, rng_state=torch.tensor([3, 4]))
+    options = Options(0.2, causal)
+    if not specialised:
+        options = options._replace(dropout_p=0.2, rng_state=torch.tensor([3, 4]))
     dout, results = _gradients((q, k, v), Sequences(cu_q, cu_k, *most, used), options)
     for x, valid in zip(results, (valid_q, valid_k, valid_k), strict=False):
         assert torch.count_nonzero(x[~valid]) == 0
@@ -185,7 +198,7 @@ def test_padding_is_not_read(causal, monkeypatch):
         "seqused_k": used,
         "causal": causal,
         "softmax_scale": 0.2,
-        "dropout_p": 0.2,
+        "dropout_p": options.dropout_p,
         "rng_state": (3, 4),
     }
     inputs = (reference.varlen_attention, [q[inside], *zeroed], dout[inside])
@@ -194,6 +207,29 @@ def test_padding_is_not_read(causal, monkeypatch):
     results = [results[0][inside], results[1][35:], results[2][35:]]
     for name, x, want, plain in zip(("dq", "dk", "dv"), results, expected, naive, strict=True):
         assert_close(x, want, plain, name)
+    assert kernels == (SPECIALISED if specialised else [])
+
+
+def test_rows_of_a_sequence_that_see_nothing_may_hold_anything(monkeypatch):
+    """As the next one, in the kernels of Hopper, and the reference's numbers elsewhere."""
+    used = _specialise(monkeypatch)
+    q, k, v, cu_q, cu_k, *most = _varlen_inputs(FP32, head_dim=64)
+    begins, lengths = cu_q[:-1].tolist(), zip(LENGTHS_Q, LENGTHS_K, strict=True)
+    hidden = torch.zeros(len(q)).bool()
+    for begin, (sq, sk) in zip(begins, lengths, strict=True):
+        hidden[begin : begin + max(sq - sk, 0)] = True
+    assert hidden.any()
+    options, sequences = Options(0.125, True), Sequences(cu_q, cu_k, *most)
+    out, lse, _ = flaggems.forward(q, k, v, options, sequences)
+    dout = torch.randn_like(out)
+    made = []
+    for value in (0.0, math.nan):
+        q[hidden], dout[hidden] = value, value
+        made.append([torch.empty_like(x) for x in (q, k, v)])
+        flaggems.backward(dout, q, k, v, out, lse, *made[-1], options, sequences)
+    for zeros, nans in zip(*made, strict=True):
+        assert torch.equal(zeros, nans)
+    assert used == 2 * SPECIALISED
 
 
 @pytest.mark.parametrize("described", (False, True))

@@ -50,7 +50,16 @@ _MIN_SCALE = 2.0**-60
 _LEAST_DESCRIBED_ROWS = 512
 
 # What the kernels with specialised warps are specialised on, beside their tiles.
-_CONSTANTS_OF_SPECIALIZED = "HAS_LEFT", "HAS_RIGHT", "HAS_SOFTCAP", "HAS_ALIBI", "HEAD_DIM", "D0"
+_CONSTANTS_OF_SPECIALIZED = (
+    "IS_VARLEN",
+    "HAS_SEQUSED",
+    "HAS_LEFT",
+    "HAS_RIGHT",
+    "HAS_SOFTCAP",
+    "HAS_ALIBI",
+    "HEAD_DIM",
+    "D0",
+)
 
 # Programs that zero the gradients of rows of no sequence, of which there are usually none.
 _GAP_PROGRAMS = 16
@@ -181,6 +190,14 @@ def backward(
     unit = operand_unit(q, k, v, dout, dq, dk, dv)
     d0, d1 = pieces(shapes.head_dim)
     capability = runtime.current().capability(q.device)
+    describable = (
+        tiles.has_descriptors(capability)
+        and min(shapes.seqlen_q, shapes.seqlen_k) >= _LEAST_DESCRIBED_ROWS
+        and d1 == 0
+        and all(
+            x.data_ptr() % 16 == 0 and is_describable(x.shape, x.stride()) for x in (q, k, v, dout)
+        )
+    )
     constants = {
         "IS_VARLEN": sequences is not None,
         "HAS_SEQUSED": seqused_k is not None,
@@ -190,16 +207,10 @@ def backward(
         "HAS_ALIBI": slopes is not None,
         "HAS_DROPOUT": dropout_p > 0,
         "DESCRIPTORS": (
-            sequences is None
-            and tiles.has_descriptors(capability)
-            and min(shapes.seqlen_q, shapes.seqlen_k) >= _LEAST_DESCRIBED_ROWS
-            and d1 == 0
+            describable
+            and sequences is None
             # Every row sees a key.
             and (window_right < 0 or shapes.seqlen_k - shapes.seqlen_q + window_right >= 0)
-            and all(
-                x.data_ptr() % 16 == 0 and is_describable(x.shape, x.stride())
-                for x in (q, k, v, dout)
-            )
         ),
         "UNIT": unit,
         "HEAD_DIM": shapes.head_dim,
@@ -243,16 +254,16 @@ def backward(
             tile,
         )
 
-    def run_specialized(kernel, gradients, passing, staying, block, tile, num_tiles, pairs):
+    def run_specialized(kernel, gradients, passing, block, tile, num_tiles, pairs):
         """`run` of a kernel of kernels/backward_specialized.py."""
         launch_with_memory(
             kernel,
             num_tiles * pairs,
             q.device,
             (
-                *(*operands_of(passing, block), workspace, *gradients, slopes),
-                *(y for x in (*staying, *gradients) for y in strides(x, unit)),
-                *(shapes.workspace_rows, *slopes_strides),
+                *(*operands_of(passing, block), workspace, *gradients, *optional[:4]),
+                *(y for x in (q, k, v, dout, *gradients) for y in strides(x, unit)),
+                *(shapes.workspace_rows, *slopes_strides, shapes.total_q, shapes.total_k),
                 *(shapes.num_heads_k, shapes.group_size, shapes.seqlen_q, shapes.seqlen_k),
                 *(window_left, window_right, num_tiles, pairs, pairs_at_once(passing, pairs)),
                 *(score_scale, softcap * LOG2E, options.softmax_scale),
@@ -266,7 +277,7 @@ def backward(
     has_features = softcap > 0 or slopes is not None or dropout_p > 0
     described = constants["DESCRIPTORS"]
     specializes = (
-        described
+        (described or (describable and sequences is not None))
         and unit == 8
         and dropout_p == 0
         and 2 * shapes.group_size * shapes.workspace_rows < 2**31
@@ -274,7 +285,7 @@ def backward(
     num_pairs, num_pairs_k = shapes.batch * shapes.num_heads, shapes.batch * shapes.num_heads_k
     if specializes and (tile := tiles.backward_dkdv_specialized(capability, d0)):
         run_specialized(
-            *(backward_dkdv_specialized, (dk, dv), (q, dout), (k, v), tile.block_m, tile),
+            *(backward_dkdv_specialized, (dk, dv), (q, dout), tile.block_m, tile),
             *(-(-shapes.seqlen_k // tile.block_n), num_pairs_k),
         )
     else:
@@ -287,7 +298,7 @@ def backward(
         )
     if specializes and (tile := tiles.backward_dq_specialized(capability, d0)):
         run_specialized(
-            *(backward_dq_specialized, (dq,), (k, v), (q, dout), tile.block_n, tile),
+            *(backward_dq_specialized, (dq,), (k, v), tile.block_n, tile),
             *(-(-shapes.seqlen_q // tile.block_m), num_pairs),
         )
     else:

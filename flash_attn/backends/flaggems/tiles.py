@@ -50,9 +50,9 @@ _FEW_ROWS = {
     86: ((64, Tile(16, 64, 4, 3)), (128, Tile(16, 64, 4, 2)), (256, Tile(16, 32, 4, 2))),
     0: ((64, Tile(16, 64, 4, 2)), (128, Tile(16, 64, 4, 1)), (256, Tile(16, 32, 4, 1))),
 }
-# Dense calls on Hopper, by kernels whose warps are specialised: of three groups of num_warps two
-# have half of the rows (of the keys for dK and dV) each, and the third brings what passes, into
-# num_stages buffers.
+# Of Hopper, for kernels whose warps are specialised: of three groups of num_warps two have half of
+# the rows (of the keys for dK and dV) each, and the third brings what passes, into num_stages
+# buffers.
 _FORWARD_SPECIALIZED = (
     (64, Tile(128, 128, 4, 3)),
     (128, Tile(128, 128, 4, 2)),

@@ -1,17 +1,20 @@
-"""Attention backward for Hopper, dense calls, with specialised warps (Triton 3.6).
+"""Attention backward for Hopper with specialised warps (Triton 3.6).
 
 The products and programs of backward_dkdv.py and backward_dq.py, in the form that the compiler can
 part among warps; see forward_specialized.py. One group of warps brings what passes through a
 program, two others have half of what stays in it: of the keys of `backward_dkdv_specialized`, of
 the rows of `backward_dq_specialized`.
 
-Called like DESCRIPTORS there: every row sees a key, no dropout.
+For dense calls in which every row sees a key, and for variable length; without dropout.
 """
 
 import triton
 import triton.language as tl
 
-from flash_attn.backends.flaggems.kernels.backward_prepare import ROW_ALIGNMENT
+from flash_attn.backends.flaggems.kernels.backward_prepare import (
+    ROW_ALIGNMENT,
+    workspace_row,
+)
 from flash_attn.backends.flaggems.kernels.backward_tiles import (
     exponents,
     program_order,
@@ -21,44 +24,57 @@ from flash_attn.backends.flaggems.kernels.common import (
     alibi_slope,
     any_seeing_queries,
     any_visible_keys,
+    clamped,
+    rows_of_sequence,
 )
 from flash_attn.backends.flaggems.kernels.forward_specialized import UNIT
 from flash_attn.backends.flaggems.kernels.rows import load_described
 
-STRIDES_OF_KEYS = [
+OPERANDS = [
+    *("q_batch_stride", "q_row_stride", "q_head_stride"),
     *("k_batch_stride", "k_row_stride", "k_head_stride"),
     *("v_batch_stride", "v_row_stride", "v_head_stride"),
-    *("dk_batch_stride", "dk_row_stride", "dk_head_stride"),
-    *("dv_batch_stride", "dv_row_stride", "dv_head_stride"),
-]
-STRIDES_OF_QUERIES = [
-    *("q_batch_stride", "q_row_stride", "q_head_stride"),
     *("dout_batch_stride", "dout_row_stride", "dout_head_stride"),
-    *("dq_batch_stride", "dq_row_stride", "dq_head_stride"),
 ]
 NUMBERS = [
-    *("workspace_rows", "slopes_batch_stride", "slopes_head_stride"),
+    *("workspace_rows", "slopes_batch_stride", "slopes_head_stride", "total_q", "total_k"),
     *("num_heads_k", "group_size", "seqlen_q", "seqlen_k", "window_left", "window_right"),
     *("num_tiles", "num_pairs", "pairs_at_once", "score_scale", "softcap", "softmax_scale"),
 ]
 
 
-@triton.jit(do_not_specialize=[*STRIDES_OF_KEYS, *NUMBERS])
+@triton.jit(
+    do_not_specialize=[
+        *OPERANDS,
+        *("dk_batch_stride", "dk_row_stride", "dk_head_stride"),
+        *("dv_batch_stride", "dv_row_stride", "dv_head_stride"),
+        *NUMBERS,
+    ]
+)
 def backward_dkdv_specialized(
-    q,  # tensor descriptors (b, h, sq, d)
+    q,  # tensor descriptor (b, h, sq, d), as is dout; pointers when IS_VARLEN
     k,
     v,
     dout,
     workspace,
     dk,
     dv,
+    cu_seqlens_q,
+    cu_seqlens_k,
+    seqused_k,
     alibi_slopes,
+    q_batch_stride: tl.int64,
+    q_row_stride: tl.int64,
+    q_head_stride: tl.int64,
     k_batch_stride: tl.int64,
     k_row_stride: tl.int64,
     k_head_stride: tl.int64,
     v_batch_stride: tl.int64,
     v_row_stride: tl.int64,
     v_head_stride: tl.int64,
+    dout_batch_stride: tl.int64,
+    dout_row_stride: tl.int64,
+    dout_head_stride: tl.int64,
     dk_batch_stride: tl.int64,
     dk_row_stride: tl.int64,
     dk_head_stride: tl.int64,
@@ -68,6 +84,8 @@ def backward_dkdv_specialized(
     workspace_rows: tl.int64,
     slopes_batch_stride: tl.int64,
     slopes_head_stride: tl.int64,
+    total_q: tl.int64,
+    total_k: tl.int64,
     num_heads_k: tl.int32,
     group_size: tl.int32,
     seqlen_q: tl.int32,
@@ -80,6 +98,8 @@ def backward_dkdv_specialized(
     score_scale: tl.float32,
     softcap: tl.float32,
     softmax_scale: tl.float32,
+    IS_VARLEN: tl.constexpr,
+    HAS_SEQUSED: tl.constexpr,
     HAS_LEFT: tl.constexpr,
     HAS_RIGHT: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
@@ -94,11 +114,41 @@ def backward_dkdv_specialized(
     workspace_rows = workspace_rows // ROW_ALIGNMENT * ROW_ALIGNMENT  # tells the compiler
     batch = pair // num_heads_k
     head_k = pair % num_heads_k
-    offset = seqlen_k - seqlen_q
+    first_q, num_q = rows_of_sequence(cu_seqlens_q, batch, seqlen_q, total_q, IS_VARLEN)
+    first_k, num_rows = rows_of_sequence(cu_seqlens_k, batch, seqlen_k, total_k, IS_VARLEN)
+    num_k = num_rows
+    if HAS_SEQUSED:
+        num_k = clamped(tl.load(seqused_k + batch), num_rows)
+    offset = num_k - num_q
     first_key = tile * BLOCK_N
     k += batch * (k_batch_stride * UNIT) + head_k * (k_head_stride * UNIT)
     v += batch * (v_batch_stride * UNIT) + head_k * (v_head_stride * UNIT)
-    shape = [seqlen_k, HEAD_DIM]
+    shape = [num_k, HEAD_DIM]
+    row_begin = 0
+    if IS_VARLEN:
+        # Rows that see nothing may hold anything, and lie outside of the descriptors. Those have
+        # a row at least: if none, the tensor's first.
+        start_k = tl.where(num_k > 0, first_k, 0)
+        k += start_k * (k_row_stride * UNIT)
+        v += start_k * (v_row_stride * UNIT)
+        shape = [tl.maximum(num_k, 1), HEAD_DIM]
+        row_begin, row_end = any_seeing_queries(
+            0, num_k, offset, num_q, window_left, window_right, HAS_LEFT, HAS_RIGHT
+        )
+        start_q = tl.where(row_end > row_begin, first_q + row_begin, 0)
+        heads_and_rows = [num_heads_k * group_size, tl.maximum(row_end - row_begin, 1), HEAD_DIM]
+        q = tl.make_tensor_descriptor(
+            q + start_q * (q_row_stride * UNIT),
+            heads_and_rows,
+            [q_head_stride * UNIT, q_row_stride * UNIT, 1],
+            [1, BLOCK_M, D0],
+        )
+        dout = tl.make_tensor_descriptor(
+            dout + start_q * (dout_row_stride * UNIT),
+            heads_and_rows,
+            [dout_head_stride * UNIT, dout_row_stride * UNIT, 1],
+            [1, BLOCK_M, D0],
+        )
     k_rows = tl.make_tensor_descriptor(k, shape, [k_row_stride * UNIT, 1], [BLOCK_N, D0])
     v_rows = tl.make_tensor_descriptor(v, shape, [v_row_stride * UNIT, 1], [BLOCK_N, D0])
     k0 = k_rows.load([first_key, 0])
@@ -109,14 +159,14 @@ def backward_dkdv_specialized(
     size = (group_size * 2 * workspace_rows).to(tl.int32)
     workspace += head_k * group_size * 2 * workspace_rows
     statistics = tl.make_tensor_descriptor(workspace, [size], [1], [BLOCK_M])
-    first_statistic = (batch * tl.cdiv(seqlen_q, ROW_ALIGNMENT) * ROW_ALIGNMENT).to(tl.int32)
+    first_statistic = workspace_row(batch, first_q, seqlen_q, IS_VARLEN).to(tl.int32)
     rows_of_statistics = workspace_rows.to(tl.int32)
 
     begin, end = any_seeing_queries(
         first_key,
-        tl.minimum(first_key + BLOCK_N, seqlen_k),
+        tl.minimum(first_key + BLOCK_N, num_k),
         offset,
-        seqlen_q,
+        num_q,
         window_left,
         window_right,
         HAS_LEFT,
@@ -124,6 +174,8 @@ def backward_dkdv_specialized(
     )
     begin = begin // BLOCK_M
     num_blocks = tl.cdiv(end, BLOCK_M) - begin
+    if IS_VARLEN:
+        num_blocks = tl.where(first_key < num_k, num_blocks, 0)
     key = first_key + tl.arange(0, BLOCK_N)
     # All blocks of rows of all query heads, in one loop.
     for i in tl.range(0, group_size * num_blocks, warp_specialize=True):
@@ -132,7 +184,10 @@ def backward_dkdv_specialized(
         start = (begin + i % num_blocks) * BLOCK_M
         statistic = first_statistic + 2 * member * rows_of_statistics + start
         minus_lse = statistics.load([statistic])
-        q0 = load_described(q, batch, head, start, BLOCK_M, D0)
+        if IS_VARLEN:
+            q0 = q.load([head.to(tl.int32), start - row_begin, 0]).reshape(BLOCK_M, D0)
+        else:
+            q0 = load_described(q, batch, head, start, BLOCK_M, D0)
         s = tl.dot(k0, tl.trans(q0))
         row = start + tl.arange(0, BLOCK_M)
         if HAS_SOFTCAP or HAS_ALIBI:
@@ -154,7 +209,10 @@ def backward_dkdv_specialized(
             )
             score = tl.where(sees, score, float("-inf"))
         p = tl.math.exp2(score)
-        dout0 = load_described(dout, batch, head, start, BLOCK_M, D0)
+        if IS_VARLEN:
+            dout0 = dout.load([head.to(tl.int32), start - row_begin, 0]).reshape(BLOCK_M, D0)
+        else:
+            dout0 = load_described(dout, batch, head, start, BLOCK_M, D0)
         dv0 = tl.dot(p.to(dout0.dtype), dout0, dv0)
         minus_d = statistics.load([statistic + rows_of_statistics])
         dp = tl.dot(v0, tl.trans(dout0))
@@ -166,7 +224,11 @@ def backward_dkdv_specialized(
             ds = tl.where(p == 0.0, 0.0, ds)
         dk0 = tl.dot(ds.to(q0.dtype), q0, dk0)
 
-    rows = seqlen_k - first_key
+    if HAS_SEQUSED:  # keys behind have no gradient, whatever was computed for them
+        dk0 = tl.where((key < num_k)[:, None], dk0, 0.0)
+        dv0 = tl.where((key < num_k)[:, None], dv0, 0.0)
+    rows = num_rows - first_key
+    first_key += first_k
     dk += batch * (dk_batch_stride * UNIT) + head_k * (dk_head_stride * UNIT)
     dv += batch * (dv_batch_stride * UNIT) + head_k * (dv_head_stride * UNIT)
     dk += first_key * (dk_row_stride * UNIT)
@@ -176,18 +238,29 @@ def backward_dkdv_specialized(
     store_tile(dv, dv_row_stride * UNIT, dv0.to(dv.dtype.element_ty), rows, BLOCK_N, D0, HEAD_DIM)
 
 
-@triton.jit(do_not_specialize=[*STRIDES_OF_QUERIES, *NUMBERS])
+@triton.jit(
+    do_not_specialize=[*OPERANDS, *("dq_batch_stride", "dq_row_stride", "dq_head_stride"), *NUMBERS]
+)
 def backward_dq_specialized(
     q,
-    k,  # tensor descriptors (b, hk, sk, d)
+    k,  # tensor descriptor (b, hk, sk, d), as is v; pointers when IS_VARLEN
     v,
     dout,
     workspace,
     dq,
+    cu_seqlens_q,
+    cu_seqlens_k,
+    seqused_k,
     alibi_slopes,
     q_batch_stride: tl.int64,
     q_row_stride: tl.int64,
     q_head_stride: tl.int64,
+    k_batch_stride: tl.int64,
+    k_row_stride: tl.int64,
+    k_head_stride: tl.int64,
+    v_batch_stride: tl.int64,
+    v_row_stride: tl.int64,
+    v_head_stride: tl.int64,
     dout_batch_stride: tl.int64,
     dout_row_stride: tl.int64,
     dout_head_stride: tl.int64,
@@ -197,6 +270,8 @@ def backward_dq_specialized(
     workspace_rows: tl.int64,
     slopes_batch_stride: tl.int64,
     slopes_head_stride: tl.int64,
+    total_q: tl.int64,
+    total_k: tl.int64,
     num_heads_k: tl.int32,
     group_size: tl.int32,
     seqlen_q: tl.int32,
@@ -209,6 +284,8 @@ def backward_dq_specialized(
     score_scale: tl.float32,
     softcap: tl.float32,
     softmax_scale: tl.float32,
+    IS_VARLEN: tl.constexpr,
+    HAS_SEQUSED: tl.constexpr,
     HAS_LEFT: tl.constexpr,
     HAS_RIGHT: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
@@ -225,11 +302,26 @@ def backward_dq_specialized(
     batch = pair // num_heads
     head = pair % num_heads
     head_k = head // group_size
-    offset = seqlen_k - seqlen_q
+    first_q, num_q = rows_of_sequence(cu_seqlens_q, batch, seqlen_q, total_q, IS_VARLEN)
+    first_k, num_k = rows_of_sequence(cu_seqlens_k, batch, seqlen_k, total_k, IS_VARLEN)
+    if HAS_SEQUSED:
+        num_k = clamped(tl.load(seqused_k + batch), num_k)
+    offset = num_k - num_q
     first_row = (num_tiles - 1 - tile) * BLOCK_M
     q += batch * (q_batch_stride * UNIT) + head * (q_head_stride * UNIT)
     dout += batch * (dout_batch_stride * UNIT) + head * (dout_head_stride * UNIT)
-    shape = [seqlen_q, HEAD_DIM]
+    shape = [num_q, HEAD_DIM]
+    if IS_VARLEN:  # descriptors have a row at least: if none, the tensor's first
+        start_q = tl.where(num_q > 0, first_q, 0)
+        q += start_q * (q_row_stride * UNIT)
+        dout += start_q * (dout_row_stride * UNIT)
+        shape = [tl.maximum(num_q, 1), HEAD_DIM]
+        start_k = tl.where(num_k > 0, first_k, 0)
+        k += start_k * (k_row_stride * UNIT) + head_k * (k_head_stride * UNIT)
+        v += start_k * (v_row_stride * UNIT) + head_k * (v_head_stride * UNIT)
+        keys = [tl.maximum(num_k, 1), HEAD_DIM]
+        k = tl.make_tensor_descriptor(k, keys, [k_row_stride * UNIT, 1], [BLOCK_N, D0])
+        v = tl.make_tensor_descriptor(v, keys, [v_row_stride * UNIT, 1], [BLOCK_N, D0])
     q_rows = tl.make_tensor_descriptor(q, shape, [q_row_stride * UNIT, 1], [BLOCK_M, D0])
     dout_rows = tl.make_tensor_descriptor(dout, shape, [dout_row_stride * UNIT, 1], [BLOCK_M, D0])
     q0 = q_rows.load([first_row, 0])
@@ -238,7 +330,7 @@ def backward_dq_specialized(
     workspace += head * 2 * workspace_rows
     size = (2 * workspace_rows).to(tl.int32)
     statistics = tl.make_tensor_descriptor(workspace, [size], [1], [BLOCK_M])
-    statistic = (batch * tl.cdiv(seqlen_q, ROW_ALIGNMENT) * ROW_ALIGNMENT).to(tl.int32) + first_row
+    statistic = workspace_row(batch, first_q, seqlen_q, IS_VARLEN).to(tl.int32) + first_row
     # As prepare writes it: in the units of what it is added to in backward_dkdv.
     minus_lse = statistics.load([statistic])
     if not HAS_SOFTCAP:
@@ -249,18 +341,24 @@ def backward_dq_specialized(
     )
     begin, end = any_visible_keys(
         first_row,
-        tl.minimum(first_row + BLOCK_M, seqlen_q),
+        tl.minimum(first_row + BLOCK_M, num_q),
         offset,
-        seqlen_k,
+        num_k,
         window_left,
         window_right,
         HAS_LEFT,
         HAS_RIGHT,
     )
+    if IS_VARLEN:
+        end = tl.where(first_row < num_q, end, begin)
     row = first_row + tl.arange(0, BLOCK_M)
     for start in tl.range(begin // BLOCK_N * BLOCK_N, end, BLOCK_N, warp_specialize=True):
-        k0 = load_described(k, batch, head_k, start, BLOCK_N, D0)
-        v0 = load_described(v, batch, head_k, start, BLOCK_N, D0)
+        if IS_VARLEN:
+            k0 = k.load([start, 0])
+            v0 = v.load([start, 0])
+        else:
+            k0 = load_described(k, batch, head_k, start, BLOCK_N, D0)
+            v0 = load_described(v, batch, head_k, start, BLOCK_N, D0)
         s = tl.dot(q0, tl.trans(k0))
         key = start + tl.arange(0, BLOCK_N)
         if HAS_SOFTCAP or HAS_ALIBI:
@@ -286,9 +384,9 @@ def backward_dq_specialized(
         dq0 = tl.dot(ds.to(k0.dtype), k0, dq0)
 
     dq += batch * (dq_batch_stride * UNIT) + head * (dq_head_stride * UNIT)
-    dq += first_row * (dq_row_stride * UNIT)
+    dq += (first_q + first_row) * (dq_row_stride * UNIT)
     dq0 = (dq0 * softmax_scale).to(dq.dtype.element_ty)
-    store_tile(dq, dq_row_stride * UNIT, dq0, seqlen_q - first_row, BLOCK_M, D0, HEAD_DIM)
+    store_tile(dq, dq_row_stride * UNIT, dq0, num_q - first_row, BLOCK_M, D0, HEAD_DIM)
 
 
 @triton.jit

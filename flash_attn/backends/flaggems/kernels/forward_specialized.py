@@ -1,4 +1,4 @@
-"""Attention forward for Hopper, dense calls, with specialised warps (Triton 3.6).
+"""Attention forward for Hopper with specialised warps (Triton 3.6).
 
 One group of warps has the copy engine bring keys and values, two others have half of the rows each:
 while one multiplies, the other is at its softmax (Shah et al., arXiv:2407.08608). The compiler
