@@ -40,8 +40,8 @@ struct BackwardSpec {
            2 * tile_m * padded_row_bytes(tile_n) + row_buffer_bytes() + place_bytes();
   }
 
-  // A few words of a feature's leave the registers where three blocks share a multiprocessor, and in
-  // the kernels that do everything. Plain kernels keep all of theirs.
+  // A few words of a feature's leave the registers where three blocks share a multiprocessor, and
+  // in the kernels that do everything. Plain kernels keep all of theirs.
   constexpr int max_spill_bytes() const {
     const bool crowded = min_blocks == 3 && (softcap || alibi || dropout);
     return crowded || (alibi && dropout) ? 32 : 0;
