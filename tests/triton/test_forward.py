@@ -91,22 +91,9 @@ def test_tensor_descriptors(monkeypatch, case):
     ],
     ids=case_id,
 )
-def test_specialised_warps(monkeypatch, case):
-    """The kernel of Hopper, which the interpreter runs as one program."""
-    plan.plan_forward.cache_clear()
-    monkeypatch.setattr(plan, "LEAST_DESCRIBED_KEYS", 1)
-    monkeypatch.setattr(tiles, "has_descriptors", lambda capability: True)
-    monkeypatch.setattr(tiles, "forward_specialized", lambda *_: tiles.Tile(32, 32, 4, 1))
-    used = []
-    kernel = attention.attention_forward_specialized
-    monkeypatch.setattr(
-        attention,
-        "launch_with_memory",
-        lambda *x: used.append(x[0]) or launch.launch_with_memory(*x),
-    )
+def test_specialised_warps(case, specialised_forward):
     check_forward(case)
-    assert used == [kernel]
-    plan.plan_forward.cache_clear()
+    assert specialised_forward == [attention.attention_forward_specialized]
 
 
 @pytest.mark.parametrize(

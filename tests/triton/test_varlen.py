@@ -8,7 +8,7 @@ import torch
 from checks import FP16, FP32, assert_attention_close, assert_close, cumulative
 
 import flash_attn
-from flash_attn.backends.flaggems import attention, plan, tiles
+from flash_attn.backends.flaggems import attention
 from flash_attn.flash_attn_interface import _flash_attn_varlen_forward
 
 LENGTHS_Q, LENGTHS_K = (5, 0, 40, 1), (33, 20, 0, 70)
@@ -21,8 +21,7 @@ def _inputs(dtype, head_dim, heads=4, heads_k=2, lengths_q=LENGTHS_Q, lengths_k=
     return q, k, v
 
 
-@pytest.mark.parametrize("dtype, head_dim", [(FP32, 24), (FP16, 96)])
-@pytest.mark.parametrize(
+with_options = pytest.mark.parametrize(
     "options",
     [
         {},
@@ -32,6 +31,10 @@ def _inputs(dtype, head_dim, heads=4, heads_k=2, lengths_q=LENGTHS_Q, lengths_k=
     ],
     ids=("plain", "causal", "window-sinks", "alibi"),
 )
+
+
+@pytest.mark.parametrize("dtype, head_dim", [(FP32, 24), (FP16, 96)])
+@with_options
 def test_against_the_reference(dtype, head_dim, options):
     q, k, v = _inputs(dtype, head_dim)
     k[sum(LENGTHS_K) :] = v[sum(LENGTHS_K) :] = math.nan
@@ -56,28 +59,11 @@ def test_against_the_reference(dtype, head_dim, options):
     )
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"causal": True, "softcap": 2.0},
-        {"window_size": (10, 4), "s_aux": torch.tensor([0.3, -2.0, 1.0, 0.0])},
-        {"causal": True, "alibi_slopes": torch.rand(4, 4)},
-    ],
-    ids=("plain", "causal", "window-sinks", "alibi"),
-)
+@with_options
 @pytest.mark.parametrize("dtype, head_dim", [(FP32, 64), (FP16, 112)])
-def test_specialised_warps(monkeypatch, dtype, head_dim, options):
-    """The kernel of Hopper, which the interpreter runs as one program."""
-    plan.plan_forward.cache_clear()
-    monkeypatch.setattr(plan, "LEAST_DESCRIBED_KEYS", 1)
-    monkeypatch.setattr(tiles, "has_descriptors", lambda capability: True)
-    monkeypatch.setattr(tiles, "forward_specialized", lambda *_: tiles.Tile(32, 32, 4, 1))
-    used, run = [], attention.launch_with_memory
-    monkeypatch.setattr(attention, "launch_with_memory", lambda *x: used.append(x) or run(*x))
+def test_specialised_warps(dtype, head_dim, options, specialised_forward):
     test_against_the_reference(dtype, head_dim, options)
-    assert len(used) == 1
-    plan.plan_forward.cache_clear()
+    assert specialised_forward == [attention.attention_forward_specialized]
 
 
 def test_dropout_counts_inside_the_sequence():

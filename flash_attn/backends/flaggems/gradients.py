@@ -232,22 +232,25 @@ def backward(
     def pairs_at_once(passing, pairs):
         return max(1, min(pairs, _CACHE_BYTES * pairs // max(sum(map(_bytes, passing)), 1)))
 
+    def arguments_of(gradients, passing, block, tensors, num_tiles, pairs):
+        """What all kernels take, in their order; `tensors`: those that may be absent."""
+        return (
+            *(*operands_of(passing, block), workspace, *gradients, *tensors),
+            *(y for x in (q, k, v, dout, *gradients) for y in strides(x, unit)),
+            *(shapes.workspace_rows, *slopes_strides, shapes.total_q, shapes.total_k),
+            *(shapes.num_heads_k, shapes.group_size, shapes.seqlen_q, shapes.seqlen_k),
+            *(window_left, window_right, num_tiles, pairs, pairs_at_once(passing, pairs)),
+            *(score_scale, softcap * LOG2E, options.softmax_scale),
+        )
+
     def run(kernel, gradients, passing, block, tile, num_tiles, pairs, more):
         """Launches a kernel in num_tiles programs a pair."""
+        arguments = arguments_of(gradients, passing, block, optional, num_tiles, pairs)
         launch(
             kernel,
             num_tiles * pairs,
             q.device,
-            (
-                *(*operands_of(passing, block), workspace, *gradients),
-                *(q if x is None else x for x in optional),
-                *(y for x in (q, k, v, dout, *gradients) for y in strides(x, unit)),
-                *(shapes.workspace_rows, *slopes_strides, shapes.total_q, shapes.total_k),
-                *(shapes.num_heads_k, shapes.group_size, shapes.seqlen_q, shapes.seqlen_k),
-                *(window_left, window_right, num_tiles, pairs, pairs_at_once(passing, pairs)),
-                *(score_scale, softcap * LOG2E, *dropout_numbers(dropout_p)),
-                options.softmax_scale,
-            ),
+            (*arguments, *dropout_numbers(dropout_p)),
             constants
             | more
             | {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "STAGES": tile.num_stages},
@@ -255,19 +258,12 @@ def backward(
         )
 
     def run_specialized(kernel, gradients, passing, block, tile, num_tiles, pairs):
-        """`run` of a kernel of kernels/backward_specialized.py."""
+        """`run` of a kernel of kernels/backward_specialized.py, which has no dropout."""
         launch_with_memory(
             kernel,
             num_tiles * pairs,
             q.device,
-            (
-                *(*operands_of(passing, block), workspace, *gradients, *optional[:4]),
-                *(y for x in (q, k, v, dout, *gradients) for y in strides(x, unit)),
-                *(shapes.workspace_rows, *slopes_strides, shapes.total_q, shapes.total_k),
-                *(shapes.num_heads_k, shapes.group_size, shapes.seqlen_q, shapes.seqlen_k),
-                *(window_left, window_right, num_tiles, pairs, pairs_at_once(passing, pairs)),
-                *(score_scale, softcap * LOG2E, options.softmax_scale),
-            ),
+            arguments_of(gradients, passing, block, optional[:-1], num_tiles, pairs),
             {name: constants[name] for name in _CONSTANTS_OF_SPECIALIZED}
             | {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n},
             tile,

@@ -90,8 +90,10 @@ def forward(capability: int, head_dim: int, has_dropout: bool = False) -> Tile:
     return tile
 
 
-def _find_specialized(entries: tuple[tuple[int, Tile], ...], capability: int, head_dim: int):
-    if not (SPECIALIZES and capability == 90 and has_descriptors(capability) and head_dim >= 64):
+def _find_specialized(
+    entries: tuple[tuple[int, Tile], ...], capability: int, head_dim: int
+) -> Tile | None:
+    if not SPECIALIZES or capability != 90 or head_dim < 64:
         return None
     return next((tile for most, tile in entries if head_dim <= most), None)
 

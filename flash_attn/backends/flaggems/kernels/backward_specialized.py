@@ -16,6 +16,7 @@ from flash_attn.backends.flaggems.kernels.backward_prepare import (
     workspace_row,
 )
 from flash_attn.backends.flaggems.kernels.backward_tiles import (
+    NUMBERS,
     exponents,
     program_order,
     store_tile,
@@ -25,27 +26,15 @@ from flash_attn.backends.flaggems.kernels.common import (
     any_seeing_queries,
     any_visible_keys,
     clamped,
+    in_window,
     rows_of_sequence,
 )
 from flash_attn.backends.flaggems.kernels.forward_specialized import UNIT
 from flash_attn.backends.flaggems.kernels.rows import load_described
 
-OPERANDS = [
-    *("q_batch_stride", "q_row_stride", "q_head_stride"),
-    *("k_batch_stride", "k_row_stride", "k_head_stride"),
-    *("v_batch_stride", "v_row_stride", "v_head_stride"),
-    *("dout_batch_stride", "dout_row_stride", "dout_head_stride"),
-]
-NUMBERS = [
-    *("workspace_rows", "slopes_batch_stride", "slopes_head_stride", "total_q", "total_k"),
-    *("num_heads_k", "group_size", "seqlen_q", "seqlen_k", "window_left", "window_right"),
-    *("num_tiles", "num_pairs", "pairs_at_once", "score_scale", "softcap", "softmax_scale"),
-]
-
 
 @triton.jit(
     do_not_specialize=[
-        *OPERANDS,
         *("dk_batch_stride", "dk_row_stride", "dk_head_stride"),
         *("dv_batch_stride", "dv_row_stride", "dv_head_stride"),
         *NUMBERS,
@@ -204,7 +193,7 @@ def backward_dkdv_specialized(
             minus_lse *= score_scale
         score += minus_lse[None, :]
         if HAS_RIGHT or HAS_LEFT:
-            sees = _sees(
+            sees = in_window(
                 row[None, :] + offset, key[:, None], window_left, window_right, HAS_LEFT, HAS_RIGHT
             )
             score = tl.where(sees, score, float("-inf"))
@@ -238,9 +227,7 @@ def backward_dkdv_specialized(
     store_tile(dv, dv_row_stride * UNIT, dv0.to(dv.dtype.element_ty), rows, BLOCK_N, D0, HEAD_DIM)
 
 
-@triton.jit(
-    do_not_specialize=[*OPERANDS, *("dq_batch_stride", "dq_row_stride", "dq_head_stride"), *NUMBERS]
-)
+@triton.jit(do_not_specialize=[*NUMBERS, *("dq_batch_stride", "dq_row_stride", "dq_head_stride")])
 def backward_dq_specialized(
     q,
     k,  # tensor descriptor (b, hk, sk, d), as is v; pointers when IS_VARLEN
@@ -370,7 +357,7 @@ def backward_dq_specialized(
             score = s * score_scale
         score += minus_lse[:, None]
         if HAS_RIGHT or HAS_LEFT:
-            sees = _sees(
+            sees = in_window(
                 row[:, None] + offset, key[None, :], window_left, window_right, HAS_LEFT, HAS_RIGHT
             )
             score = tl.where(sees, score, float("-inf"))
@@ -387,17 +374,3 @@ def backward_dq_specialized(
     dq += (first_q + first_row) * (dq_row_stride * UNIT)
     dq0 = (dq0 * softmax_scale).to(dq.dtype.element_ty)
     store_tile(dq, dq_row_stride * UNIT, dq0, num_q - first_row, BLOCK_M, D0, HEAD_DIM)
-
-
-@triton.jit
-def _sees(
-    position, key, window_left, window_right, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr
-):
-    """Whether the query at `position` sees `key`, which is one of the sequence's."""
-    if HAS_RIGHT:
-        sees = key <= position + window_right
-        if HAS_LEFT:
-            sees = sees & (key >= position - window_left)
-    else:
-        sees = key >= position - window_left
-    return sees

@@ -13,7 +13,7 @@ NUMBERS = [
     *("workspace_rows", "slopes_batch_stride", "slopes_head_stride", "total_q", "total_k"),
     *("num_heads_k", "group_size", "seqlen_q", "seqlen_k", "window_left", "window_right"),
     *("num_tiles", "num_pairs", "pairs_at_once"),
-    *("score_scale", "softcap", "dropout_threshold", "dropout_scale", "softmax_scale"),
+    *("score_scale", "softcap", "softmax_scale", "dropout_threshold", "dropout_scale"),
 ]
 
 

@@ -158,10 +158,24 @@ def visible(
 ):
     """Whether query `row` sees key `column`; the two broadcast. offset = seqlen_k - seqlen_q."""
     sees = column < seqlen_k
+    if HAS_LEFT or HAS_RIGHT:
+        sees = sees & in_window(
+            row + offset, column, window_left, window_right, HAS_LEFT, HAS_RIGHT
+        )
+    return sees
+
+
+@triton.jit
+def in_window(
+    position, column, window_left, window_right, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr
+):
+    """Whether a query at `position` among the keys sees key `column`; a side or both are finite."""
     if HAS_RIGHT:
-        sees = sees & (column <= row + offset + window_right)
-    if HAS_LEFT:
-        sees = sees & (column >= row + offset - window_left)
+        sees = column <= position + window_right
+        if HAS_LEFT:
+            sees = sees & (column >= position - window_left)
+    else:
+        sees = column >= position - window_left
     return sees
 
 
