@@ -11,6 +11,7 @@ fakes        shapes of the ops' results
 gradients    the ops' gradients
 batching     the ops under `torch.vmap`
 flops        the ops under `torch.utils.flop_counter`
+deferred     imports that wait for another module's, as that of `flops` does
 registry     how an op is registered
 
 Eager calls go from a public function straight to the backend. The ops are for everything that
@@ -18,4 +19,8 @@ needs to see a call: `torch.compile`, `torch.export`, function transforms, dispa
 subclasses and the profiler.
 """
 
-from flash_attn.attention import batching, fakes, flops, gradients  # noqa: F401
+from flash_attn.attention import batching, fakes, gradients  # noqa: F401
+from flash_attn.attention.deferred import import_after
+
+# The counter of torch imports Triton where that is installed, which takes 0.1 s.
+import_after("torch.utils.flop_counter", "flash_attn.attention.flops")

@@ -38,6 +38,21 @@ def test_import_prints_nothing_and_loads_nothing_heavy():
     assert result.stdout == "" and result.stderr == ""
 
 
+@pytest.mark.parametrize("first", ("flash_attn", "torch.utils.flop_counter"))
+def test_operations_are_counted_whichever_module_comes_first(first):
+    result = python(
+        f"import {first}\n"
+        "import sys, torch, flash_attn\n"
+        "from torch.utils.flop_counter import FlopCounterMode\n"
+        "q = torch.randn(1, 4, 2, 8)\n"
+        "with FlopCounterMode(display=False) as counter:\n"
+        "    flash_attn.flash_attn_func(q, q, q)\n"
+        "assert counter.get_total_flops() == 4 * 2 * 4 * 4 * 8\n"
+        "assert not any('deferred' in type(x).__module__ for x in sys.meta_path)\n"
+    )
+    assert result.returncode == 0, result.stderr
+
+
 def test_first_backward_loads_nothing():
     """But torch itself loads sympy when it is given the gradient of the result."""
     result = python(
