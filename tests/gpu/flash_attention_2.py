@@ -28,7 +28,7 @@ import pool
 # would take minutes, and writes down what became of each.
 PLUGIN = """
 import json, os, random
-import pytest
+import pytest, torch
 
 SAMPLE = json.loads(os.environ["FA2_SAMPLE"])  # cases to keep by test; none: only count them
 PIECE, PIECES = map(int, os.environ["FA2_PIECE"].split("/"))
@@ -50,6 +50,9 @@ def pytest_generate_tests(metafunc):
 
 def pytest_collection_modifyitems(items):
     items[:] = [item for item in items if hasattr(item, "callspec")]  # those with cases left
+
+def pytest_runtest_teardown():
+    torch.cuda.empty_cache()  # which other processes need
 
 def pytest_runtest_logreport(report):
     if report.when == "call" or report.outcome != "passed":
@@ -152,7 +155,7 @@ def main():
     parser.add_argument("--cases", type=int, default=20_000, help="size of the random sample")
     parser.add_argument("--only", default="", help="of the tests whose name contains this")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--workers", type=int, default=pool.default_workers(14))
+    parser.add_argument("--workers", type=int, default=pool.default_workers(9))
     parser.add_argument("--limit", type=float, default=180, help="seconds without any result")
     parser.add_argument(
         "--seconds", type=float, default=math.inf, help="end everything after so long"
