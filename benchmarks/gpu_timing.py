@@ -422,7 +422,7 @@ def usable(check, items):
     """
     items = sorted(set(items))
     spawn = multiprocessing.get_context("spawn")
-    workers = min(8, os.cpu_count() or 1)
+    workers = min(16, os.cpu_count() or 1)
     with concurrent.futures.ProcessPoolExecutor(workers, mp_context=spawn) as pool:
         reasons = list(pool.map(_reason, itertools.repeat(check), items))
     for item, reason in zip(items, reasons, strict=True):
