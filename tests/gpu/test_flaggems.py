@@ -52,7 +52,7 @@ def test_it_is_right_where_the_table_says_so(sq):
 
 
 def test_it_loses_keys_of_the_last_tile():
-    q, k, v = tensors(200, 200)
+    q, k, v = tensors(140, 140)  # its blocks of 64 keys hide the loss where few rows are missing
     assert not close(own(q, k, v, causal=True), ours(q, k, v, causal=True))
 
 

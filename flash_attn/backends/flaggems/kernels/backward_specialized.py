@@ -140,8 +140,10 @@ def backward_dkdv_specialized(
         )
     k_rows = tl.make_tensor_descriptor(k, shape, [k_row_stride * UNIT, 1], [BLOCK_N, D0])
     v_rows = tl.make_tensor_descriptor(v, shape, [v_row_stride * UNIT, 1], [BLOCK_N, D0])
-    k0 = k_rows.load([first_key, 0])
-    v0 = v_rows.load([first_key, 0])
+    # A value of its own: forward_specialized.py says why.
+    first_loaded = tl.minimum(first_key, shape[0])
+    k0 = k_rows.load([first_loaded, 0])
+    v0 = v_rows.load([first_loaded, 0])
     dk0 = tl.zeros([BLOCK_N, D0], tl.float32)
     dv0 = tl.zeros([BLOCK_N, D0], tl.float32)
     # The statistics of the group's rows: of each head first -lse, then -D.
@@ -311,8 +313,9 @@ def backward_dq_specialized(
         v = tl.make_tensor_descriptor(v, keys, [v_row_stride * UNIT, 1], [BLOCK_N, D0])
     q_rows = tl.make_tensor_descriptor(q, shape, [q_row_stride * UNIT, 1], [BLOCK_M, D0])
     dout_rows = tl.make_tensor_descriptor(dout, shape, [dout_row_stride * UNIT, 1], [BLOCK_M, D0])
-    q0 = q_rows.load([first_row, 0])
-    dout0 = dout_rows.load([first_row, 0])
+    first_loaded = tl.minimum(first_row, shape[0])  # a value of its own, as above
+    q0 = q_rows.load([first_loaded, 0])
+    dout0 = dout_rows.load([first_loaded, 0])
     dq0 = tl.zeros([BLOCK_M, D0], tl.float32)
     workspace += head * 2 * workspace_rows
     size = (2 * workspace_rows).to(tl.int32)

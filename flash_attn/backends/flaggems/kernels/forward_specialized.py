@@ -128,7 +128,9 @@ def attention_forward_specialized(
     rows = tl.make_tensor_descriptor(
         q, [rows_of_q, HEAD_DIM], [q_row_stride * UNIT, 1], [BLOCK_M, D0]
     )
-    q0 = rows.load([row_begin, 0])
+    # Not row_begin itself: halving the tile, the compiler moves the value that is the coordinate,
+    # for all who use it, and `row` below would move twice.
+    q0 = rows.load([tl.minimum(row_begin, rows_of_q), 0])
     slope = alibi_slope(
         alibi_slopes, sequence, head, slopes_batch_stride, slopes_head_stride, HAS_ALIBI
     )
