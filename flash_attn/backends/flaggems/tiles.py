@@ -23,8 +23,8 @@ class Tile(NamedTuple):
 # From the largest head dimension on the left: (head_dim at most, tile).
 _FORWARD = {
     90: (
-        (64, Tile(128, 128, 8, 3)),
-        (128, Tile(128, 128, 8, 2)),
+        (64, Tile(64, 64, 4, 3)),
+        (128, Tile(128, 128, 8, 3)),
         (256, Tile(128, 64, 8, 2)),
     ),
     80: (
@@ -130,8 +130,8 @@ S_DMASK = Tile(32, 32, 4, 1)
 # 2 * BLOCK_N * head_dim numbers, S and dP 2 * BLOCK_M * BLOCK_N.
 _BACKWARD_DKDV = {
     90: (
-        (64, Tile(64, 128, 8, 2)),
-        (128, Tile(64, 128, 8, 2)),
+        (64, Tile(128, 64, 4, 2)),
+        (128, Tile(64, 64, 4, 2)),
         (256, Tile(64, 64, 8, 2)),
     ),
     80: (
@@ -155,7 +155,7 @@ _BACKWARD_DKDV = {
 # Of dQ: BLOCK_M rows stay.
 _BACKWARD_DQ = {
     90: (
-        (64, Tile(128, 128, 8, 2)),
+        (64, Tile(128, 64, 4, 3)),
         (128, Tile(128, 64, 8, 3)),
         (256, Tile(64, 64, 8, 2)),
     ),
