@@ -33,6 +33,7 @@ from flash_attn.backends.flaggems.launch import (
     launch_with_memory,
     operand_unit,
     pieces,
+    softcap_kind,
     strides,
     window,
 )
@@ -203,7 +204,7 @@ def backward(
         "HAS_SEQUSED": seqused_k is not None,
         "HAS_LEFT": window_left >= 0,
         "HAS_RIGHT": window_right >= 0,
-        "HAS_SOFTCAP": softcap > 0,
+        "HAS_SOFTCAP": softcap_kind(softcap),
         "HAS_ALIBI": slopes is not None,
         "HAS_DROPOUT": dropout_p > 0,
         "DESCRIPTORS": (

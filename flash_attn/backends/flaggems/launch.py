@@ -83,6 +83,11 @@ def descriptor(x: Tensor, rows: int, columns: int) -> Any:
     )
 
 
+def softcap_kind(softcap: float) -> int:
+    """0 without softcap; 1; 2 for a large one, of which the error of a plain tanh near 0 counts."""
+    return 0 if softcap <= 0 else 1 if softcap <= 100 else 2
+
+
 def dropout_numbers(dropout_p: float) -> tuple[int, float]:
     """The threshold below which an entry's number keeps it, and what it is scaled by."""
     if dropout_p == 0:

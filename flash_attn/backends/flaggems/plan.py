@@ -17,6 +17,7 @@ from flash_attn.backends.flaggems.launch import (
     is_describable,
     leading_strides,
     pieces,
+    softcap_kind,
     unit_of,
     window,
 )
@@ -268,7 +269,7 @@ def plan_forward(call: Call) -> Plan:
         "SPLIT": splits > 1,
         "HAS_LEFT": left >= 0,
         "HAS_RIGHT": right >= 0,
-        "HAS_SOFTCAP": softcap > 0,
+        "HAS_SOFTCAP": softcap_kind(softcap),
         "HAS_ALIBI": has_slopes,
         "HAS_SINK": has_sink,
         "HAS_DROPOUT": has_dropout,

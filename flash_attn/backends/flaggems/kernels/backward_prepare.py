@@ -134,11 +134,13 @@ def prepare(
             if HAS_DLSE:
                 address = batch * dlse_batch_stride + head * dlse_head_stride
                 d -= tl.load(dsoftmax_lse + address + rows * dlse_row_stride, valid, 0.0)
-            address = batch * softmax_d_batch_stride + head * softmax_d_head_stride
-            tl.store(softmax_d + address + rows, d, valid)
             address = batch * lse_batch_stride + head * lse_head_stride
             lse = tl.load(softmax_lse + address + rows * lse_row_stride, valid, float("inf"))
-            # Rows beyond the end, and rows that see nothing (lse = inf): exp(s - lse) is 0.
+            # Rows beyond the end, and rows that see nothing (lse = inf): exp(s - lse) is 0, and
+            # what the gradient of their lse is must not count.
+            d = tl.where(lse == float("inf"), 0.0, d)
+            address = batch * softmax_d_batch_stride + head * softmax_d_head_stride
+            tl.store(softmax_d + address + rows, d, valid)
             row_of_workspace = workspace_row(batch, first, seqlen_q, IS_VARLEN) + row
             workspace += head * 2 * workspace_rows
             tl.store(workspace + row_of_workspace, -lse * lse_factor)

@@ -5,6 +5,8 @@ how tiles come, go, and become probabilities.
 import triton
 import triton.language as tl
 
+from flash_attn.backends.flaggems.kernels.common import tanh_of
+
 NUMBERS = [
     *("q_batch_stride", "q_row_stride", "q_head_stride"),
     *("k_batch_stride", "k_row_stride", "k_head_stride"),
@@ -82,14 +84,11 @@ def exponents(
 ):
     """Scores in units of log2, and what softcap's derivative is made of: tanh(s / softcap).
 
-    score: times score_scale already. tanh x is 1 - 2 / (exp(2 x) + 1): near 0 that cancels, but the
-    error, a few units of float32 at 1 and so far below the rounding of P, is all that matters here.
-    The quotient by a reciprocal root, which is one instruction where a division is six.
+    score: times score_scale already. HAS_SOFTCAP: `softcap_kind` of launch.py.
     """
     capped = score
     if HAS_SOFTCAP:
-        root = tl.math.rsqrt(tl.math.exp2(score) + 1.0)
-        capped = 1.0 - 2.0 * (root * root)
+        capped = tanh_of(score, HAS_SOFTCAP == 2)
         score = softcap * capped
     if HAS_ALIBI:
         score = score - slope * tl.abs(distance)

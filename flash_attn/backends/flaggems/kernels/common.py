@@ -268,6 +268,25 @@ def all_seeing_queries(
 
 
 @triton.jit
+def tanh_of(x, NEAR_ZERO: tl.constexpr):
+    """tanh(x / (2 log2(e))), float32.
+
+    By 1 - 2 / (exp2(x) + 1), the quotient by the square of a reciprocal root, which is one
+    instruction on GPUs where a division is several. The error is a few units in the last place of 1
+    everywhere; with NEAR_ZERO of the result, there by the series.
+    """
+    root = tl.math.rsqrt(tl.math.exp2(x) + 1.0)
+    result = 1.0 - 2.0 * (root * root)
+    if NEAR_ZERO:
+        y = x * (0.5 * LN2)
+        square = y * y
+        series = 2.0 / 15.0 + square * (-17.0 / 315.0 + square * (62.0 / 2835.0))
+        series = y + y * square * (-1.0 / 3.0 + square * series)
+        result = tl.where(tl.abs(y) < 0.25, series, result)
+    return result
+
+
+@triton.jit
 def scores_in_log2(
     product,
     distance,
@@ -280,16 +299,12 @@ def scores_in_log2(
     """Scores in units of log2 from products q.k: scale, then softcap, then ALiBi.
 
     scale: softmax_scale * log2(e), and with softcap 2 / softcap times that. softcap and slope: in
-    units of log2. distance: row + offset - column, float32.
-
-    Softcap is by tanh x = 1 - 2 / (exp(2 x) + 1), the quotient by the square of a reciprocal root,
-    which is one instruction on GPUs where a division is several. The error, a few units in the last
-    place of 1, is far below the rounding of the weights.
+    units of log2. HAS_SOFTCAP: `softcap_kind` of launch.py. distance: row + offset - column,
+    float32.
     """
     score = product * scale
     if HAS_SOFTCAP:
-        root = tl.math.rsqrt(tl.math.exp2(score) + 1.0)
-        score = softcap - (2.0 * softcap) * (root * root)
+        score = softcap * tanh_of(score, HAS_SOFTCAP == 2)
     if HAS_ALIBI:
         score = score - slope * tl.abs(distance)
     return score
