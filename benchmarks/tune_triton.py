@@ -9,10 +9,9 @@ backward pass is timed whole: of its two large kernels one is varied, the other 
   python benchmarks/tune_triton.py
   python benchmarks/tune_triton.py --kernels dq --head-dim 128 --tiles 128,64,8,3 128,128,8,2
 
-Tiles are block_m,block_n,num_warps,num_stages; of dkdv with ",split" or ",whole" behind them (two
-loops, of which one masks, or one that masks all), of dkdv and dq with ",pointers" (no tensor
-descriptors), of all with ",specialized" (the kernel with specialised warps). "" is what the table
-says.
+Tiles are block_m,block_n,num_warps,num_stages; of dkdv and dq with ",pointers" behind them (no
+tensor descriptors), of forward with ",specialized" (the kernel with specialised warps). "" is what
+the table says.
 """
 
 import argparse
@@ -40,46 +39,33 @@ from flash_attn.backends.flaggems import attention, plan, tiles
 VARIANTS = {
     "forward": {
         64: (
-            *("128,128,8,3", "128,128,8,2", "128,64,4,3", "128,64,8,3", "64,64,4,3"),
-            *("128,128,4,3,specialized", "128,64,4,4,specialized"),
+            *("128,128,8,3", "128,128,4,3", "128,64,4,3", "64,128,4,3", "64,64,4,3", "64,64,4,2"),
+            "128,128,4,2,specialized",
         ),
         128: (
-            *("128,128,8,2", "128,128,8,3", "128,64,8,3", "128,64,4,3"),
-            *("128,128,4,2,specialized", "128,64,4,3,specialized"),
+            *("128,128,8,2", "128,128,8,3", "128,64,8,3", "64,128,4,2"),
+            *("128,128,4,2,specialized", "128,64,4,2,specialized"),
         ),
         256: (
-            *("128,64,8,2", "128,64,8,3", "128,32,8,3", "64,64,4,2"),
-            *("128,64,4,2,specialized", "128,32,4,3,specialized"),
+            *("128,64,8,2", "128,32,8,3", "64,64,4,2"),
+            *("128,64,4,2,specialized", "128,32,4,2,specialized"),
         ),
     },
     "dkdv": {
         64: (
-            *("128,128,8,2", "128,128,8,2,whole", "64,128,8,2", "64,128,8,3", "64,128,8,3,whole"),
-            *("64,64,4,2", "64,64,4,3", "128,64,4,2", "64,128,8,2,pointers"),
-            *("128,128,4,2,specialized", "64,128,4,2,specialized"),
+            *("128,128,8,2", "64,128,8,3", "64,64,4,2", "64,64,4,3", "128,64,4,2", "128,64,4,3"),
+            *("128,64,4,2,pointers", "64,64,4,3,pointers"),
         ),
         128: (
-            *("64,128,8,2", "64,128,8,2,split", "64,128,8,3", "32,128,8,2", "32,128,8,3"),
-            *("64,64,4,2", "32,64,4,3", "64,128,8,2,pointers"),
-            *("64,128,4,2,specialized", "32,128,4,3,specialized"),
+            *("64,128,8,2", "64,128,8,3", "32,128,8,3", "64,64,4,2", "64,64,4,3", "32,64,4,3"),
+            *("64,64,4,2,pointers", "32,64,4,3,pointers"),
         ),
-        256: ("64,64,8,2", "32,64,8,2", "32,64,8,3", "32,64,8,2,pointers"),
+        256: ("64,64,8,2", "32,64,8,3", "128,64,8,1", "32,64,8,2,pointers"),
     },
     "dq": {
-        64: (
-            *("128,128,8,2", "128,128,8,3", "128,64,8,3", "128,64,8,4", "128,64,4,3"),
-            *("64,64,4,3", "64,128,4,2", "128,64,8,3,pointers"),
-            *("128,128,4,2,specialized", "128,64,4,3,specialized"),
-        ),
-        128: (
-            *("128,64,8,2", "128,64,8,3", "128,128,8,2", "64,64,4,2", "64,64,4,3"),
-            *("64,128,4,2", "128,64,8,3,pointers"),
-            *("128,64,4,2,specialized", "128,32,4,3,specialized"),
-        ),
-        256: (
-            *("64,64,8,2", "64,32,4,3", "128,32,8,2", "128,64,8,1", "64,32,8,3"),
-            "128,32,4,2,specialized",
-        ),
+        64: ("128,128,8,3", "128,64,8,3", "128,64,4,3", "64,64,4,3", "128,64,4,3,pointers"),
+        128: ("128,64,8,3", "128,128,8,2", "64,64,4,2", "64,64,4,3", "128,64,8,3,pointers"),
+        256: ("64,64,8,2", "64,32,4,3", "128,32,8,2", "128,64,8,1", "64,32,8,3"),
     },
 }
 FUNCTIONS = {"forward": "forward", "dkdv": "backward_dkdv", "dq": "backward_dq"}
@@ -105,15 +91,12 @@ def chosen(kernel, variant):
             stack.enter_context(mock.patch.object(tiles, name, lambda *_: value))
 
         replace(FUNCTIONS[kernel], tile)
-        replace(FUNCTIONS[kernel] + "_specialized", tile if "specialized" in words else None)
         if kernel == "forward":
+            replace("forward_specialized", tile if "specialized" in words else None)
             patch = mock.patch.object(attention, "plan_forward", planner(variant))
             stack.enter_context(patch)
-        for word in words[4:]:
-            if word == "pointers":
-                replace("has_descriptors", False)
-            elif word != "specialized":
-                replace("backward_masks_all", {"split": False, "whole": True}[word])
+        if "pointers" in words:
+            replace("has_descriptors", False)
         yield
 
 

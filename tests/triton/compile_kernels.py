@@ -3,7 +3,8 @@
 Calls of every kind are made on CPU tensors, with a runtime that compiles kernels for the wanted
 architecture where the real one would launch them. Prints a line of JSON for each kernel: its name,
 the flags that are on, its tile, registers, bytes of stack (spilled registers are there) and of
-shared memory, and seconds. Not under TRITON_INTERPRET.
+shared memory, instructions that read what was never written (uniform_registers.py), and seconds.
+Not under TRITON_INTERPRET.
 
   python tests/triton/compile_kernels.py --arch 90 --jobs 2
 """
@@ -19,7 +20,6 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from unittest import mock
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parents[1])]
@@ -28,9 +28,10 @@ import torch  # noqa: E402
 import triton  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
+from uniform_registers import unset  # noqa: E402
 
 from flash_attn.backends import Options, Sequences, flaggems  # noqa: E402
-from flash_attn.backends.flaggems import plan, runtime, tiles  # noqa: E402
+from flash_attn.backends.flaggems import runtime  # noqa: E402
 
 BF16 = torch.bfloat16
 
@@ -70,12 +71,12 @@ class Launch:
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
             file.write(compiled.asm["cubin"])
             file.flush()
-            text = subprocess.run(
-                [tools / "cuobjdump", "-res-usage", file.name],
-                capture_output=True,
-                text=True,
-                check=True,
-            ).stdout
+            text, sass = (
+                subprocess.run(
+                    [*command, file.name], capture_output=True, text=True, check=True
+                ).stdout
+                for command in ((tools / "cuobjdump", "-res-usage"), (tools / "nvdisasm", "-c"))
+            )
         registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", text).groups())
         return {
             "kernel": self.kernel.__name__,
@@ -84,6 +85,7 @@ class Launch:
             "registers": registers,
             "stack": stack,
             "shared": compiled.metadata.shared,
+            "unset": unset(sass),
             "seconds": round(seconds, 2),
         }
 
@@ -171,7 +173,7 @@ def calls():
     yield lambda: _attention(128, causal=True, s_aux=torch.zeros(4))
     yield lambda: _attention(96, causal=True, softcap=30.0, alibi_slopes=torch.zeros(4))
     yield lambda: _attention(128, dropout_p=0.1, rng_state=torch.tensor([1, 2]))
-    yield lambda: _specialized(128, causal=True)
+    yield lambda: _attention(33, causal=True)
     yield lambda: _varlen(128, causal=True)
     yield lambda: _cache(128)
     yield lambda: _cache(64, paged=True)
@@ -185,8 +187,7 @@ def more_calls():
         yield lambda d=head_dim: _attention(d, causal=True)
         yield lambda d=head_dim: _cache(d)
     yield lambda: _attention(128, causal=True, dtype=torch.float16)
-    yield from specialized_calls()
-    for head_dim in (40, 192):
+    for head_dim in (7, 40, 192):
         yield lambda d=head_dim: _attention(d, causal=True)
     for options in (
         {"window_left": 64, "window_right": 0},
@@ -197,23 +198,6 @@ def more_calls():
         yield lambda options=options: _attention(128, **options)
     yield lambda: _cache(128, paged=True)
     yield lambda: _cache(128, paged=True, sq=200)
-
-
-def _specialized(head_dim, call=None, **options):
-    with mock.patch.object(tiles, "SPECIALIZES", True):
-        plan.plan_forward.cache_clear()
-        (call or _attention)(head_dim, **options)
-        plan.plan_forward.cache_clear()
-
-
-def specialized_calls():
-    """Those that the kernel with specialised warps serves."""
-    everything = {"softcap": 30.0, "alibi_slopes": torch.zeros(4), "s_aux": torch.zeros(4)}
-    for head_dim in (64, 128, 256):
-        yield lambda d=head_dim: _specialized(d)
-        yield lambda d=head_dim: _specialized(d, causal=True)
-        yield lambda d=head_dim: _specialized(d, _varlen, causal=True)
-        yield lambda d=head_dim: _specialized(d, window_left=64, window_right=32, **everything)
 
 
 def count_specialisations():

@@ -68,7 +68,6 @@ def test_against_the_reference(case):
     check_backward(case)
 
 
-@pytest.mark.parametrize("masks_all", (False, True))
 @pytest.mark.parametrize(
     "case",
     [
@@ -82,51 +81,16 @@ def test_against_the_reference(case):
     ],
     ids=case_id,
 )
-def test_on_hopper(case, masks_all, monkeypatch):
+def test_on_hopper(case, monkeypatch):
     """What reads through tensor descriptors, where the call allows it, with the tiles there."""
     monkeypatch.setattr(runtime._runtime, "capability", lambda device: 90)
     monkeypatch.setattr(tiles, "backward_dkdv", lambda *_: tiles.Tile(64, 64, 8, 2))
-    monkeypatch.setattr(tiles, "backward_masks_all", lambda *_: masks_all)
     described = []
     make = gradients.descriptor
     monkeypatch.setattr(gradients, "descriptor", lambda *x: described.append(x) or make(*x))
     monkeypatch.setattr(gradients, "_LEAST_DESCRIBED_ROWS", 1)
     check_backward(case)
     assert bool(described) == (not case.causal or case.sq <= case.sk)
-
-
-SPECIALISED = [gradients.backward_dkdv_specialized, gradients.backward_dq_specialized]
-
-
-def _specialise(monkeypatch):
-    """Has the kernels of Hopper serve, which the interpreter runs as one program; lists them."""
-    monkeypatch.setattr(runtime._runtime, "capability", lambda device: 90)
-    monkeypatch.setattr(tiles, "backward_dkdv_specialized", lambda *_: tiles.Tile(32, 64, 4, 2))
-    monkeypatch.setattr(tiles, "backward_dq_specialized", lambda *_: tiles.Tile(64, 32, 4, 2))
-    monkeypatch.setattr(gradients, "_LEAST_DESCRIBED_ROWS", 1)
-    used, run = [], gradients.launch_with_memory
-    monkeypatch.setattr(gradients, "launch_with_memory", lambda *x: used.append(x[0]) or run(*x))
-    return used
-
-
-@pytest.mark.parametrize(
-    "case",
-    [
-        Case(batch=2, sq=70, sk=100, heads=4, heads_k=2, head_dim=64, causal=True, dtype=FP16),
-        Case(batch=1, sq=100, sk=96, heads_k=2, head_dim=64, layout="transposed"),
-        Case(batch=1, sq=60, sk=70, head_dim=112, window_size=(20, 5), sinks=True),
-        Case(batch=1, sq=70, sk=90, head_dim=120, causal=True, softcap=3.0, alibi="bh", dtype=FP16),
-        Case(
-            batch=2, sq=65, sk=130, heads=6, heads_k=2, head_dim=64, window_size=(30, 9), alibi="h"
-        ),
-        Case(batch=1, sq=70, sk=70, head_dim=64, softmax_scale=-0.3, lse_gradient=True),
-    ],
-    ids=case_id,
-)
-def test_specialised_warps(case, monkeypatch):
-    used = _specialise(monkeypatch)
-    check_backward(case)
-    assert used == SPECIALISED
 
 
 LENGTHS_Q, LENGTHS_K = (5, 0, 40, 1, 33), (33, 20, 0, 70, 20)
@@ -148,11 +112,8 @@ def _varlen_inputs(dtype=FP16, head_dim=32, rest_q=0, rest_k=0):
     ],
     ids=("plain", "causal-softcap", "window", "alibi"),
 )
-@pytest.mark.parametrize("specialised", (False, True))
-def test_variable_length(options, specialised, monkeypatch):
-    used = _specialise(monkeypatch) if specialised else []
-    check_varlen_backward(*_varlen_inputs(head_dim=64 if specialised else 32), **options)
-    assert used == (SPECIALISED if specialised else [])
+def test_variable_length(options):
+    check_varlen_backward(*_varlen_inputs(), **options)
 
 
 def _gradients(tensors, sequences, options, dsoftmax_lse=None):
@@ -167,11 +128,9 @@ def _gradients(tensors, sequences, options, dsoftmax_lse=None):
     return dout, [*results, softmax_d]
 
 
-@pytest.mark.parametrize("specialised", (False, True))
 @pytest.mark.parametrize("causal", (False, True))
-def test_padding_is_not_read(causal, specialised, monkeypatch):
+def test_padding_is_not_read(causal, monkeypatch):
     """Rows of no sequence, and keys beyond seqused_k, are NaN; their gradients are 0."""
-    kernels = _specialise(monkeypatch) if specialised else []
     for name in ("forward", "backward"):  # lengths are not checked where they are on a GPU
         monkeypatch.setattr(check, name, lambda *_: None)
     q, k, v, cu_q, cu_k, *most = _varlen_inputs(head_dim=64, rest_q=9, rest_k=40)
@@ -182,9 +141,7 @@ def test_padding_is_not_read(causal, specialised, monkeypatch):
     for begin, length in zip(cu_k[:-1].tolist(), used.tolist(), strict=True):
         valid_k[begin : begin + length] = True
     q[~valid_q], k[~valid_k], v[~valid_k] = math.nan, math.inf, math.nan
-    options = Options(0.2, causal)
-    if not specialised:
-        options = options._replace(dropout_p=0.2, rng_state=torch.tensor([3, 4]))
+    options = Options(0.2, causal, dropout_p=0.2, rng_state=torch.tensor([3, 4]))
     dout, results = _gradients((q, k, v), Sequences(cu_q, cu_k, *most, used), options)
     for x, valid in zip(results, (valid_q, valid_k, valid_k), strict=False):
         assert torch.count_nonzero(x[~valid]) == 0
@@ -207,12 +164,9 @@ def test_padding_is_not_read(causal, specialised, monkeypatch):
     results = [results[0][inside], results[1][35:], results[2][35:]]
     for name, x, want, plain in zip(("dq", "dk", "dv"), results, expected, naive, strict=True):
         assert_close(x, want, plain, name)
-    assert kernels == (SPECIALISED if specialised else [])
 
 
-def test_rows_of_a_sequence_that_see_nothing_may_hold_anything(monkeypatch):
-    """As the next one, in the kernels of Hopper, and the reference's numbers elsewhere."""
-    used = _specialise(monkeypatch)
+def test_rows_of_a_sequence_that_see_nothing_may_hold_anything():
     q, k, v, cu_q, cu_k, *most = _varlen_inputs(FP32, head_dim=64)
     begins, lengths = cu_q[:-1].tolist(), zip(LENGTHS_Q, LENGTHS_K, strict=True)
     hidden = torch.zeros(len(q)).bool()
@@ -229,7 +183,6 @@ def test_rows_of_a_sequence_that_see_nothing_may_hold_anything(monkeypatch):
         flaggems.backward(dout, q, k, v, out, lse, *made[-1], options, sequences)
     for zeros, nans in zip(*made, strict=True):
         assert torch.equal(zeros, nans)
-    assert used == 2 * SPECIALISED
 
 
 @pytest.mark.parametrize("described", (False, True))

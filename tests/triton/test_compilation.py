@@ -35,6 +35,7 @@ def test_kernels_compile_and_fit(arch):
         assert "error" not in report, report
         assert report["shared"] <= SHARED[arch], report
         assert report["stack"] <= MAX_STACK, report
+        assert not report["unset"], report
 
 
 def test_shapes_do_not_specialise():

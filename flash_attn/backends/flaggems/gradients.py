@@ -19,10 +19,6 @@ from flash_attn.backends.flaggems.kernels.backward_prepare import (
     prepare,
     sink_gradient,
 )
-from flash_attn.backends.flaggems.kernels.backward_specialized import (
-    backward_dkdv_specialized,
-    backward_dq_specialized,
-)
 from flash_attn.backends.flaggems.launch import (
     LOG2E,
     check_lengths,
@@ -30,7 +26,6 @@ from flash_attn.backends.flaggems.launch import (
     dropout_numbers,
     is_describable,
     launch,
-    launch_with_memory,
     operand_unit,
     pieces,
     softcap_kind,
@@ -49,18 +44,6 @@ _MIN_SCALE = 2.0**-60
 
 # Descriptors are made at every launch, which short calls do not win back.
 _LEAST_DESCRIBED_ROWS = 512
-
-# What the kernels with specialised warps are specialised on, beside their tiles.
-_CONSTANTS_OF_SPECIALIZED = (
-    "IS_VARLEN",
-    "HAS_SEQUSED",
-    "HAS_LEFT",
-    "HAS_RIGHT",
-    "HAS_SOFTCAP",
-    "HAS_ALIBI",
-    "HEAD_DIM",
-    "D0",
-)
 
 # Programs that zero the gradients of rows of no sequence, of which there are usually none.
 _GAP_PROGRAMS = 16
@@ -189,16 +172,8 @@ def backward(
     if sequences is not None:
         cu_seqlens_q, cu_seqlens_k, _, _, seqused_k = sequences[:5]
     unit = operand_unit(q, k, v, dout, dq, dk, dv)
-    d0, d1 = pieces(shapes.head_dim)
+    d0, d1 = pieces(shapes.head_dim, unit)
     capability = runtime.current().capability(q.device)
-    describable = (
-        tiles.has_descriptors(capability)
-        and min(shapes.seqlen_q, shapes.seqlen_k) >= _LEAST_DESCRIBED_ROWS
-        and d1 == 0
-        and all(
-            x.data_ptr() % 16 == 0 and is_describable(x.shape, x.stride()) for x in (q, k, v, dout)
-        )
-    )
     constants = {
         "IS_VARLEN": sequences is not None,
         "HAS_SEQUSED": seqused_k is not None,
@@ -208,8 +183,14 @@ def backward(
         "HAS_ALIBI": slopes is not None,
         "HAS_DROPOUT": dropout_p > 0,
         "DESCRIPTORS": (
-            describable
+            tiles.has_descriptors(capability)
             and sequences is None
+            and min(shapes.seqlen_q, shapes.seqlen_k) >= _LEAST_DESCRIBED_ROWS
+            and d1 == 0
+            and all(
+                x.data_ptr() % 16 == 0 and is_describable(x.shape, x.stride())
+                for x in (q, k, v, dout)
+            )
             # Every row sees a key.
             and (window_right < 0 or shapes.seqlen_k - shapes.seqlen_q + window_right >= 0)
         ),
@@ -233,75 +214,36 @@ def backward(
     def pairs_at_once(passing, pairs):
         return max(1, min(pairs, _CACHE_BYTES * pairs // max(sum(map(_bytes, passing)), 1)))
 
-    def arguments_of(gradients, passing, block, tensors, num_tiles, pairs):
-        """What all kernels take, in their order; `tensors`: those that may be absent."""
-        return (
-            *(*operands_of(passing, block), workspace, *gradients, *tensors),
-            *(y for x in (q, k, v, dout, *gradients) for y in strides(x, unit)),
-            *(shapes.workspace_rows, *slopes_strides, shapes.total_q, shapes.total_k),
-            *(shapes.num_heads_k, shapes.group_size, shapes.seqlen_q, shapes.seqlen_k),
-            *(window_left, window_right, num_tiles, pairs, pairs_at_once(passing, pairs)),
-            *(score_scale, softcap * LOG2E, options.softmax_scale),
-        )
-
-    def run(kernel, gradients, passing, block, tile, num_tiles, pairs, more):
+    def run(kernel, gradients, passing, block, tile, num_tiles, pairs):
         """Launches a kernel in num_tiles programs a pair."""
-        arguments = arguments_of(gradients, passing, block, optional, num_tiles, pairs)
         launch(
             kernel,
             num_tiles * pairs,
             q.device,
-            (*arguments, *dropout_numbers(dropout_p)),
+            (
+                *(*operands_of(passing, block), workspace, *gradients, *optional),
+                *(y for x in (q, k, v, dout, *gradients) for y in strides(x, unit)),
+                *(shapes.workspace_rows, *slopes_strides, shapes.total_q, shapes.total_k),
+                *(shapes.num_heads_k, shapes.group_size, shapes.seqlen_q, shapes.seqlen_k),
+                *(window_left, window_right, num_tiles, pairs, pairs_at_once(passing, pairs)),
+                *(score_scale, softcap * LOG2E, options.softmax_scale),
+                *dropout_numbers(dropout_p),
+            ),
             constants
-            | more
             | {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "STAGES": tile.num_stages},
             tile,
         )
 
-    def run_specialized(kernel, gradients, passing, block, tile, num_tiles, pairs):
-        """`run` of a kernel of kernels/backward_specialized.py, which has no dropout."""
-        launch_with_memory(
-            kernel,
-            num_tiles * pairs,
-            q.device,
-            arguments_of(gradients, passing, block, optional[:-1], num_tiles, pairs),
-            {name: constants[name] for name in _CONSTANTS_OF_SPECIALIZED}
-            | {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n},
-            tile,
-        )
-
-    masked = window_left >= 0 or window_right >= 0
     has_features = softcap > 0 or slopes is not None or dropout_p > 0
-    described = constants["DESCRIPTORS"]
-    specializes = (
-        (described or (describable and sequences is not None))
-        and unit == 8
-        and dropout_p == 0
-        and 2 * shapes.group_size * shapes.workspace_rows < 2**31
-    )
-    num_pairs, num_pairs_k = shapes.batch * shapes.num_heads, shapes.batch * shapes.num_heads_k
-    if specializes and (tile := tiles.backward_dkdv_specialized(capability, d0)):
-        run_specialized(
-            *(backward_dkdv_specialized, (dk, dv), (q, dout), tile.block_m, tile),
-            *(-(-shapes.seqlen_k // tile.block_n), num_pairs_k),
-        )
-    else:
-        tile = tiles.backward_dkdv(capability, d0 + d1, described, has_features)
-        num_tiles = -(-shapes.seqlen_k // tile.block_n)
-        masks_all = {"MASKS_ALL": masked and tiles.backward_masks_all(d0 + d1, described)}
-        run(
-            *(backward_dkdv, (dk, dv), (q, dout), tile.block_m, tile),
-            *(num_tiles, num_pairs_k, masks_all),
-        )
-    if specializes and (tile := tiles.backward_dq_specialized(capability, d0)):
-        run_specialized(
-            *(backward_dq_specialized, (dq,), (k, v), tile.block_n, tile),
-            *(-(-shapes.seqlen_q // tile.block_m), num_pairs),
-        )
-    else:
-        tile = tiles.backward_dq(capability, d0 + d1, has_features)
-        num_tiles = -(-shapes.seqlen_q // tile.block_m)
-        run(backward_dq, (dq,), (k, v), tile.block_n, tile, num_tiles, num_pairs, {})
+    tile = tiles.backward_dkdv(capability, d0 + d1, constants["DESCRIPTORS"], has_features)
+    tile_of_dq = tiles.backward_dq(capability, d0 + d1, has_features)
+    if unit == 1:
+        tile, tile_of_dq = (tiles.of_elements(capability, x) for x in (tile, tile_of_dq))
+    num_tiles, num_pairs = -(-shapes.seqlen_k // tile.block_n), shapes.batch * shapes.num_heads_k
+    run(backward_dkdv, (dk, dv), (q, dout), tile.block_m, tile, num_tiles, num_pairs)
+    tile = tile_of_dq
+    num_tiles, num_pairs = -(-shapes.seqlen_q // tile.block_m), shapes.batch * shapes.num_heads
+    run(backward_dq, (dq,), (k, v), tile.block_n, tile, num_tiles, num_pairs)
 
     if ds_aux is not None:
         launch(

@@ -19,9 +19,15 @@ MAX_SEQLEN = 2**30
 
 
 @functools.cache
-def pieces(head_dim: int) -> tuple[int, int]:
-    """Powers of two D0 and D1 (or 0) that together hold a head with the least waste."""
+def pieces(head_dim: int, unit: int) -> tuple[int, int]:
+    """Powers of two D0 and D1 (or 0) that together hold a head with the least waste.
+
+    One piece where elements are moved one by one (`unit_of`), which takes longer than what is
+    wasted; and of two of those ptxas 12.8 makes wrong code (tests/triton/uniform_registers.py).
+    """
     whole = max(16, 1 << (head_dim - 1).bit_length())
+    if unit == 1:
+        return whole, 0
     half = whole // 2
     rest = max(16, 1 << (max(head_dim - half, 1) - 1).bit_length())
     return (half, rest) if half >= 16 and half + rest < whole else (whole, 0)

@@ -181,7 +181,8 @@ def plan_forward(call: Call) -> Plan:
     has_dropout = call.dropout_p > 0
     paged = call.table_stride is not None
     left, right = window(call, call.seqlen_q, call.seqlen_k)
-    d0, d1 = pieces(head_dim)
+    unit = unit_of(call.q_strides, call.k_strides, call.v_strides, call.out_strides)
+    d0, d1 = pieces(head_dim, unit)
 
     # Rows of a key head's query heads side by side, where they fit in one tile.
     rows = call.seqlen_q * group_size
@@ -192,7 +193,8 @@ def plan_forward(call: Call) -> Plan:
     else:
         rows = call.seqlen_q
         tile = tiles.forward(call.capability, d0 + d1, has_dropout)
-    unit = unit_of(call.q_strides, call.k_strides, call.v_strides, call.out_strides)
+        if unit == 1:
+            tile = tiles.of_elements(call.capability, tile)
     describable = not few and _has_described_keys(call, d1 == 0)
     # Descriptors of the host have the keys of all sequences in their shape.
     described = describable and not (call.varlen_q or call.varlen_k or call.has_seqused)

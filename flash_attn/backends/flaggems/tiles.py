@@ -1,8 +1,8 @@
 """Tiles of the kernels: one table, chosen by the capability of the device and the head.
 
-The entries follow from registers and shared memory as the compiler reports them: none has been
-timed on a GPU yet (benchmarks/tune_triton.py does it). Other vendors' accelerators take the last
-entry, which asks for little.
+Those of Hopper were timed on an H200 (benchmarks/tune_triton.py; docs/flaggems.md sums it up), the
+others follow from registers and shared memory as the compiler reports them. Other vendors'
+accelerators take the last entry, which asks for little.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class Tile(NamedTuple):
 # From the largest head dimension on the left: (head_dim at most, tile).
 _FORWARD = {
     90: (
-        (64, Tile(64, 64, 4, 3)),
+        (64, Tile(64, 128, 4, 3)),
         (128, Tile(128, 128, 8, 3)),
         (256, Tile(128, 64, 8, 2)),
     ),
@@ -50,22 +50,10 @@ _FEW_ROWS = {
     86: ((64, Tile(16, 64, 4, 3)), (128, Tile(16, 64, 4, 2)), (256, Tile(16, 32, 4, 2))),
     0: ((64, Tile(16, 64, 4, 2)), (128, Tile(16, 64, 4, 1)), (256, Tile(16, 32, 4, 1))),
 }
-# Of Hopper, for kernels whose warps are specialised: of three groups of num_warps two have half of
-# the rows (of the keys for dK and dV) each, and the third brings what passes, into num_stages
-# buffers.
-_FORWARD_SPECIALIZED = (
-    (64, Tile(128, 128, 4, 3)),
-    (128, Tile(128, 128, 4, 2)),
-    (256, Tile(128, 64, 4, 2)),
-)
-_DKDV_SPECIALIZED = ((64, Tile(128, 128, 4, 2)), (128, Tile(64, 128, 4, 2)))
-_DQ_SPECIALIZED = (
-    (64, Tile(128, 128, 4, 2)),
-    (128, Tile(128, 64, 4, 2)),
-    (256, Tile(128, 32, 4, 2)),
-)
-# They have been compiled and interpreted, and have not run on a GPU.
-SPECIALIZES = False
+# Of Hopper, for the kernel whose warps are specialised: of three groups of num_warps two have half
+# of the rows each, and the third brings keys and values into num_stages buffers. Two, since with
+# three the results were wrong now and then.
+_FORWARD_SPECIALIZED = ((128, Tile(128, 128, 4, 2)), (256, Tile(128, 64, 4, 2)))
 
 
 def family(capability: int) -> int:
@@ -82,6 +70,13 @@ def _find(table: dict[int, tuple[tuple[int, Tile], ...]], capability: int, head_
     return next(tile for most, tile in entries if head_dim <= most)
 
 
+def of_elements(capability: int, tile: Tile) -> Tile:
+    """The tile where elements are moved one by one: their addresses take registers."""
+    if family(capability) == 0:
+        return tile
+    return tile._replace(block_m=min(tile.block_m, 64), block_n=min(tile.block_n, 64), num_warps=8)
+
+
 def forward(capability: int, head_dim: int, has_dropout: bool = False) -> Tile:
     """The tile of the forward kernel; head_dim: of all pieces."""
     tile = _find(_FORWARD, capability, head_dim)
@@ -90,27 +85,11 @@ def forward(capability: int, head_dim: int, has_dropout: bool = False) -> Tile:
     return tile
 
 
-def _find_specialized(
-    entries: tuple[tuple[int, Tile], ...], capability: int, head_dim: int
-) -> Tile | None:
-    if not SPECIALIZES or capability != 90 or head_dim < 64:
-        return None
-    return next((tile for most, tile in entries if head_dim <= most), None)
-
-
 def forward_specialized(capability: int, head_dim: int) -> Tile | None:
     """The tile of the forward kernel with specialised warps; None where another serves."""
-    return _find_specialized(_FORWARD_SPECIALIZED, capability, head_dim)
-
-
-def backward_dkdv_specialized(capability: int, head_dim: int) -> Tile | None:
-    """The tile of the kernel of dK and dV with specialised warps; None where another serves."""
-    return _find_specialized(_DKDV_SPECIALIZED, capability, head_dim)
-
-
-def backward_dq_specialized(capability: int, head_dim: int) -> Tile | None:
-    """The tile of the kernel of dQ with specialised warps; None where another serves."""
-    return _find_specialized(_DQ_SPECIALIZED, capability, head_dim)
+    if capability != 90 or head_dim <= 64:  # at 64 the other kernel is faster
+        return None
+    return next(tile for most, tile in _FORWARD_SPECIALIZED if head_dim <= most)
 
 
 def few_rows(capability: int, head_dim: int, rows: int) -> Tile:
@@ -157,7 +136,7 @@ _BACKWARD_DQ = {
     90: (
         (64, Tile(128, 64, 4, 3)),
         (128, Tile(128, 64, 8, 3)),
-        (256, Tile(64, 64, 8, 2)),
+        (256, Tile(64, 32, 4, 3)),
     ),
     80: (
         (64, Tile(128, 64, 8, 2)),
@@ -191,14 +170,6 @@ def backward_dkdv(
     if head_dim > 128 and family(capability) == 90 and (has_features or not described):
         return tile._replace(block_m=32)
     return tile
-
-
-def backward_masks_all(head_dim: int, described: bool) -> bool:
-    """Whether the kernel of dK and dV has one loop, with a mask, where others have two.
-
-    For two loops there are not enough registers beside large heads, or addresses.
-    """
-    return head_dim > 64 or not described
 
 
 def backward_dq(capability: int, head_dim: int, has_features: bool = False) -> Tile:

@@ -42,7 +42,6 @@ from flash_attn.backends.flaggems.kernels.backward_tiles import (
 )
 from flash_attn.backends.flaggems.kernels.common import (
     alibi_slope,
-    all_seeing_queries,
     any_seeing_queries,
     clamped,
     dropout_keeps_transposed,
@@ -50,127 +49,6 @@ from flash_attn.backends.flaggems.kernels.common import (
     rows_of_sequence,
 )
 from flash_attn.backends.flaggems.kernels.rows import load_described
-
-
-@triton.jit
-def _add_rows(
-    dk0,
-    dk1,
-    dv0,
-    dv1,
-    k0,
-    k1,
-    v0,
-    v1,
-    q,
-    dout,
-    minus_lse,
-    minus_d,
-    q_offsets0,
-    q_offsets1,
-    dout_offsets0,
-    dout_offsets1,
-    q_row_stride,
-    dout_row_stride,
-    start,
-    first_key,
-    row_begin,
-    row_end,
-    offset,
-    window_left,
-    window_right,
-    score_scale,
-    softcap,
-    slope,
-    key0,
-    key1,
-    dropout_threshold,
-    dropout_scale,
-    batch,
-    head,
-    MASKED: tl.constexpr,
-    DESCRIPTORS: tl.constexpr,
-    HAS_LEFT: tl.constexpr,
-    HAS_RIGHT: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
-    HAS_ALIBI: tl.constexpr,
-    HAS_DROPOUT: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    D0: tl.constexpr,
-    D1: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """One block of rows, from row `start` of its sequence on."""
-    step = tl.arange(0, BLOCK_M)
-    minus_lse = tl.load(minus_lse + start + step)
-    minus_d = tl.load(minus_d + start + step)
-    if DESCRIPTORS:
-        q0 = load_described(q, batch, head, start, BLOCK_M, D0)
-        dout0 = load_described(dout, batch, head, start, BLOCK_M, D0)
-    else:
-        q += start * q_row_stride
-        dout += start * dout_row_stride
-        begin = row_begin - start
-        end = row_end - start
-        VALID0: tl.constexpr = HEAD_DIM if HEAD_DIM < D0 else D0
-        # Rows that see nothing may hold anything, and are read as 0.
-        q0 = load_tile(q, q_offsets0, begin, end, BLOCK_M, D0, VALID0, MASKED, True)
-        dout0 = load_tile(dout, dout_offsets0, begin, end, BLOCK_M, D0, VALID0, MASKED, True)
-
-    s = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-    dp = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-    # An addition where a broadcast would do takes as many instructions and fewer registers.
-    if not HAS_SOFTCAP:
-        s += minus_lse[None, :]
-    if not HAS_DROPOUT:
-        dp += minus_d[None, :]
-    s = tl.dot(k0, tl.trans(q0), s)
-    dp = tl.dot(v0, tl.trans(dout0), dp)
-    if D1 > 0:
-        q1 = load_tile(q + D0, q_offsets1, begin, end, BLOCK_M, D1, HEAD_DIM - D0, MASKED, True)
-        dout1 = load_tile(
-            dout + D0, dout_offsets1, begin, end, BLOCK_M, D1, HEAD_DIM - D0, MASKED, True
-        )
-        s = tl.dot(k1, tl.trans(q1), s)
-        dp = tl.dot(v1, tl.trans(dout1), dp)
-
-    row = start + step
-    key = first_key + tl.arange(0, BLOCK_N)
-    distance = 0.0
-    if HAS_ALIBI:
-        distance = (row + offset).to(tl.float32)[None, :] - key.to(tl.float32)[:, None]
-    score, capped = exponents(s * score_scale, distance, softcap, slope, HAS_SOFTCAP, HAS_ALIBI)
-    if HAS_SOFTCAP:
-        score = score + minus_lse[None, :]
-    p = tl.math.exp2(score)
-    if MASKED:
-        if HAS_RIGHT:
-            hidden = row[None, :] < (key - offset - window_right)[:, None]
-            if HAS_LEFT:
-                hidden = hidden | (row[None, :] > (key - offset + window_left)[:, None])
-        else:
-            hidden = row[None, :] > (key - offset + window_left)[:, None]
-        p = tl.where(hidden, 0.0, p)
-    weight = p
-    if HAS_DROPOUT:
-        keeps = dropout_keeps_transposed(
-            key0, key1, dropout_threshold, batch, head, start, first_key, BLOCK_M, BLOCK_N
-        )
-        weight = tl.where(keeps, p, 0.0)
-        dp = tl.where(keeps, dp, 0.0) * dropout_scale + minus_d[None, :]
-    weight = weight.to(dout0.dtype)
-    dv0 = tl.dot(weight, dout0, dv0)
-    if D1 > 0:
-        dv1 = tl.dot(weight, dout1, dv1)
-    ds = p * dp
-    if HAS_SOFTCAP:
-        ds = ds * (1.0 - capped * capped)
-    ds = ds.to(q0.dtype)
-    dk0 = tl.dot(ds, q0, dk0)
-    if D1 > 0:
-        dk1 = tl.dot(ds, q1, dk1)
-    return dk0, dk1, dv0, dv1
 
 
 @triton.jit(
@@ -238,7 +116,6 @@ def backward_dkdv(
     HAS_ALIBI: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
-    MASKS_ALL: tl.constexpr,
     UNIT: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     D0: tl.constexpr,
@@ -301,8 +178,7 @@ def backward_dkdv(
         if HAS_DROPOUT:
             key0, key1 = dropout_key(rng_state)
 
-        # Rows that see at least one key of the sequence, then of these keys, in tiles; the tiles
-        # [begin, full_begin) and [full_end, end) need a mask.
+        # Rows that see at least one key of the sequence, then of these keys, in tiles.
         row_begin, row_end = any_seeing_queries(
             0, num_k, offset, num_q, window_left, window_right, HAS_LEFT, HAS_RIGHT
         )
@@ -310,23 +186,11 @@ def backward_dkdv(
         begin, end = any_seeing_queries(
             first_key, last_key, offset, num_q, window_left, window_right, HAS_LEFT, HAS_RIGHT
         )
-        full_begin, full_end = all_seeing_queries(
-            first_key, last_key, offset, num_q, window_left, window_right, HAS_LEFT, HAS_RIGHT
-        )
         begin = begin // BLOCK_M
         end = tl.cdiv(end, BLOCK_M)
         if first_key >= num_k:
             end = begin
-        full_begin = tl.minimum(tl.maximum(tl.cdiv(full_begin, BLOCK_M), begin), end)
-        if HAS_LEFT:  # noqa: SIM108
-            full_end = tl.minimum(tl.maximum(full_end // BLOCK_M, full_begin), end)
-        else:
-            full_end = end
-        if MASKS_ALL:
-            full_begin = end
-            full_end = end
-        num_masked = full_begin - begin + end - full_end
-
+        IS_MASKED: tl.constexpr = HAS_LEFT or HAS_RIGHT
         if not DESCRIPTORS:
             q += (batch * q_batch_stride + head_k * group_size * q_head_stride) * UNIT
             q += first_q * q_row_stride
@@ -339,34 +203,123 @@ def backward_dkdv(
             slope = alibi_slope(
                 alibi_slopes, batch, head, slopes_batch_stride, slopes_head_stride, HAS_ALIBI
             )
-            minus_d = workspace + workspace_rows
-            if HAS_LEFT or HAS_RIGHT:
-                for j in tl.range(0, num_masked, num_stages=STAGES):
-                    block = begin + j
-                    if HAS_LEFT:
-                        block = tl.where(block < full_begin, block, block - full_begin + full_end)
-                    dk0, dk1, dv0, dv1 = _add_rows(
-                        dk0, dk1, dv0, dv1, k0, k1, v0, v1, q, dout, workspace, minus_d,
-                        q_offsets0, q_offsets1, dout_offsets0, dout_offsets1,
-                        q_row_stride, dout_row_stride, tl.multiple_of(block * BLOCK_M, BLOCK_M),
-                        first_key, row_begin, row_end, offset, window_left, window_right,
-                        score_scale, softcap, slope,
-                        key0, key1, dropout_threshold, dropout_scale, batch, head,
-                        True, DESCRIPTORS, HAS_LEFT, HAS_RIGHT,
-                        HAS_SOFTCAP, HAS_ALIBI, HAS_DROPOUT, HEAD_DIM, D0, D1, BLOCK_M, BLOCK_N,
-                    )  # fmt: skip
-            if not MASKS_ALL:
-                for block in tl.range(full_begin, full_end, num_stages=STAGES):
-                    dk0, dk1, dv0, dv1 = _add_rows(
-                        dk0, dk1, dv0, dv1, k0, k1, v0, v1, q, dout, workspace, minus_d,
-                        q_offsets0, q_offsets1, dout_offsets0, dout_offsets1,
-                        q_row_stride, dout_row_stride, tl.multiple_of(block * BLOCK_M, BLOCK_M),
-                        first_key, row_begin, row_end, offset, window_left, window_right,
-                        score_scale, softcap, slope,
-                        key0, key1, dropout_threshold, dropout_scale, batch, head,
-                        False, DESCRIPTORS, HAS_LEFT, HAS_RIGHT,
-                        HAS_SOFTCAP, HAS_ALIBI, HAS_DROPOUT, HEAD_DIM, D0, D1, BLOCK_M, BLOCK_N,
-                    )  # fmt: skip
+            for block in tl.range(begin, end, num_stages=STAGES):
+                start = tl.multiple_of(block * BLOCK_M, BLOCK_M)
+                step = tl.arange(0, BLOCK_M)
+                minus_lse = tl.load(workspace + start + step)
+                minus_d = tl.load(workspace + workspace_rows + start + step)
+                if DESCRIPTORS:
+                    q0 = load_described(q, batch, head, start, BLOCK_M, D0)
+                    dout0 = load_described(dout, batch, head, start, BLOCK_M, D0)
+                else:
+                    q_rows = q + start * q_row_stride
+                    dout_rows = dout + start * dout_row_stride
+                    first_row = row_begin - start
+                    last_row = row_end - start
+                    # Rows that see nothing may hold anything, and are read as 0.
+                    q0 = load_tile(
+                        q_rows,
+                        q_offsets0,
+                        first_row,
+                        last_row,
+                        BLOCK_M,
+                        D0,
+                        VALID0,
+                        IS_MASKED,
+                        True,
+                    )
+                    dout0 = load_tile(
+                        dout_rows,
+                        dout_offsets0,
+                        first_row,
+                        last_row,
+                        BLOCK_M,
+                        D0,
+                        VALID0,
+                        IS_MASKED,
+                        True,
+                    )
+
+                s = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+                dp = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+                # Additions where broadcasts would do take as many instructions, fewer registers.
+                if not HAS_SOFTCAP:
+                    s += minus_lse[None, :]
+                if not HAS_DROPOUT:
+                    dp += minus_d[None, :]
+                s = tl.dot(k0, tl.trans(q0), s)
+                dp = tl.dot(v0, tl.trans(dout0), dp)
+                if D1 > 0:
+                    q1 = load_tile(
+                        q_rows + D0,
+                        q_offsets1,
+                        first_row,
+                        last_row,
+                        BLOCK_M,
+                        D1,
+                        HEAD_DIM - D0,
+                        IS_MASKED,
+                        True,
+                    )
+                    dout1 = load_tile(
+                        dout_rows + D0,
+                        dout_offsets1,
+                        first_row,
+                        last_row,
+                        BLOCK_M,
+                        D1,
+                        HEAD_DIM - D0,
+                        IS_MASKED,
+                        True,
+                    )
+                    s = tl.dot(k1, tl.trans(q1), s)
+                    dp = tl.dot(v1, tl.trans(dout1), dp)
+
+                row = start + step
+                key = first_key + tl.arange(0, BLOCK_N)
+                distance = 0.0
+                if HAS_ALIBI:
+                    distance = (row + offset).to(tl.float32)[None, :] - key.to(tl.float32)[:, None]
+                score, capped = exponents(
+                    s * score_scale, distance, softcap, slope, HAS_SOFTCAP, HAS_ALIBI
+                )
+                if HAS_SOFTCAP:
+                    score = score + minus_lse[None, :]
+                p = tl.math.exp2(score)
+                if IS_MASKED:
+                    if HAS_RIGHT:
+                        hidden = row[None, :] < (key - offset - window_right)[:, None]
+                        if HAS_LEFT:
+                            hidden = hidden | (row[None, :] > (key - offset + window_left)[:, None])
+                    else:
+                        hidden = row[None, :] > (key - offset + window_left)[:, None]
+                    p = tl.where(hidden, 0.0, p)
+                weight = p
+                if HAS_DROPOUT:
+                    keeps = dropout_keeps_transposed(
+                        key0,
+                        key1,
+                        dropout_threshold,
+                        batch,
+                        head,
+                        start,
+                        first_key,
+                        BLOCK_M,
+                        BLOCK_N,
+                    )
+                    weight = tl.where(keeps, p, 0.0)
+                    dp = tl.where(keeps, dp, 0.0) * dropout_scale + minus_d[None, :]
+                weight = weight.to(dout0.dtype)
+                dv0 = tl.dot(weight, dout0, dv0)
+                if D1 > 0:
+                    dv1 = tl.dot(weight, dout1, dv1)
+                ds = p * dp
+                if HAS_SOFTCAP:
+                    ds = ds * (1.0 - capped * capped)
+                ds = ds.to(q0.dtype)
+                dk0 = tl.dot(ds, q0, dk0)
+                if D1 > 0:
+                    dk1 = tl.dot(ds, q1, dk1)
             if not DESCRIPTORS:
                 q += q_head_stride * UNIT
                 dout += dout_head_stride * UNIT

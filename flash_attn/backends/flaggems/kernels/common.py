@@ -243,31 +243,6 @@ def any_seeing_queries(
 
 
 @triton.jit
-def all_seeing_queries(
-    key_begin,
-    key_end,
-    offset,
-    seqlen_q,
-    window_left,
-    window_right,
-    HAS_LEFT: tl.constexpr,
-    HAS_RIGHT: tl.constexpr,
-):
-    """Queries [begin, end) that see every one of the keys: no mask is needed inside."""
-    begin = 0
-    end = seqlen_q
-    if HAS_RIGHT:
-        begin = tl.maximum(key_end - 1 - offset - window_right, 0)
-    if HAS_LEFT:
-        end = tl.minimum(key_begin - offset + window_left + 1, seqlen_q)
-    return begin, tl.maximum(begin, end)
-
-
-# -------------------------------------------------------------------------------------------------
-# Scores
-
-
-@triton.jit
 def tanh_of(x, NEAR_ZERO: tl.constexpr):
     """tanh(x / (2 log2(e))), float32.
 
