@@ -51,11 +51,6 @@ def test_it_is_right_where_the_table_says_so(sq):
     assert close(own(q, k, v, causal=True), ours(q, k, v, causal=True))
 
 
-def test_it_loses_keys_of_the_last_tile():
-    q, k, v = tensors(140, 140)  # its blocks of 64 keys hide the loss where few rows are missing
-    assert not close(own(q, k, v, causal=True), ours(q, k, v, causal=True))
-
-
 def test_it_ignores_a_window_of_one_side():
     q, k, v = tensors(128, 256)
     assert not close(own(q, k, v, left=20), ours(q, k, v, window_size=(20, -1)))

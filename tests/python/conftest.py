@@ -30,6 +30,7 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "cpu: a test of the CPU backend, or of no device at all")
+    config.addinivalue_line("markers", "native: a test of what only the native backends do")
     device = config.getoption("--device")
     if device != "cpu":
         if device == "cuda":
@@ -40,8 +41,12 @@ def pytest_configure(config):
 def pytest_collection_modifyitems(config, items):
     if config.getoption("--device") == "cpu":
         return
-    kept = [item for item in items if not _is_for_the_cpu(item)]
-    config.hook.pytest_deselected(items=[item for item in items if _is_for_the_cpu(item)])
+    is_native = config.getoption("--backend") == "native"
+    kept, left_out = [], []
+    for item in items:
+        is_for_others = not is_native and item.get_closest_marker("native") is not None
+        (left_out if is_for_others or _is_for_the_cpu(item) else kept).append(item)
+    config.hook.pytest_deselected(items=left_out)
     items[:] = kept
 
 

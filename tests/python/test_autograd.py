@@ -251,6 +251,7 @@ def test_deterministic_algorithms(function):
         assert_same(run(compiled(function), inputs), expected)
 
 
+@pytest.mark.native
 def test_deterministic_setting_reaches_the_backend(monkeypatch):
     from flash_attn.attention import arguments
     from flash_attn.backends import native

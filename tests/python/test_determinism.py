@@ -145,7 +145,8 @@ def test_alone_or_in_a_packed_batch(dtype, causal):
     for order in ((4, 2, 0, 3, 1), (3, 0), (1,), (2,), (4,), (3,)):
         for sequence, parts in call(order).items():
             if order == (2,) and not IS_CPU:  # a single row goes to the kernels for decoding
-                torch.testing.assert_close(parts, whole[sequence])
+                for x, y in zip(parts, whole[sequence], strict=True):
+                    torch.testing.assert_close(x, y, rtol=0.016, atol=0.02 * float(y.abs().max()))
             else:
                 assert_same(parts, whole[sequence])
 

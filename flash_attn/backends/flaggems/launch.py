@@ -120,22 +120,39 @@ def check_lengths(*lengths: int) -> None:
         )
 
 
+class Constants(dict[str, Any]):
+    """A kernel's constexpr parameters, to be kept: what they are known by is made once."""
+
+    @functools.cached_property
+    def key(self) -> str:
+        return repr(self)
+
+
 # Kernels that Triton has compiled on NVIDIA GPUs, by all that it specialises on, and the values of
 # their constants. Its own search for one takes longer than the rest of a small call.
 _compiled: dict[tuple, tuple[Any, tuple]] = {}
 
 
-def _kinds(arguments: tuple) -> list:
-    """What of its arguments a kernel is specialised on; numbers, which come last, are not."""
-    kinds = []
+def _pointers(arguments: tuple) -> tuple[list, list]:
+    """Of the arguments before the numbers: what a kernel is specialised on, and addresses.
+
+    The launcher takes an address as it is, and asks the driver whose memory a tensor's is.
+    """
+    kinds, addresses = [], []
     for x in arguments:
-        if isinstance(x, Tensor):
-            kinds.append(x.dtype if x.data_ptr() % 16 == 0 else (x.dtype,))
+        if x is None:
+            kinds.append(None)
+            addresses.append(None)
+        elif isinstance(x, Tensor):
+            address = x.data_ptr()
+            kinds.append(x.dtype if address % 16 == 0 else (x.dtype,))
+            addresses.append(address)
         elif isinstance(x, (int, float)):
             break
-        else:
-            kinds.append(None if x is None else (x.base.dtype, *x.block_shape))  # a descriptor
-    return kinds
+        else:  # a descriptor
+            kinds.append((x.base.dtype, *x.block_shape))
+            addresses.append(x)
+    return kinds, addresses
 
 
 def launch(
@@ -161,11 +178,13 @@ def launch(
     with where.guard(device):
         key = None
         if where.is_nvidia:
-            key = (id(kernel), device.index, tile[2:], *constants.values(), *_kinds(arguments))
+            kinds, addresses = _pointers(arguments)
+            known = constants.key if isinstance(constants, Constants) else (*constants.values(),)
+            key = (id(kernel), device.index, tile[2:], known, *kinds)
             found = _compiled.get(key)
             if found is not None:
                 compiled, values = found
-                compiled[grid](*arguments, *values)
+                compiled[grid](*addresses, *arguments[len(addresses) :], *values)
                 return
         compiled = where.entry(kernel)[grid](
             *arguments, **constants, num_warps=tile.num_warps, num_stages=tile.num_stages

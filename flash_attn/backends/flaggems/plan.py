@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from flash_attn.backends.flaggems import tiles
 from flash_attn.backends.flaggems.launch import (
     LOG2E,
+    Constants,
     check_lengths,
     dropout_numbers,
     is_describable,
@@ -275,7 +276,9 @@ def plan_forward(call: Call) -> Plan:
         "HAS_ALIBI": has_slopes,
         "HAS_SINK": has_sink,
         "HAS_DROPOUT": has_dropout,
-        "TRANSFORMED": softcap > 0 or has_slopes or not scale > 0,
+        # Scaled in the exponent, scores beyond 2^23 differ from their maximum by rounding alone,
+        # which is no matter of speed for few rows.
+        "TRANSFORMED": few or softcap > 0 or has_slopes or not scale > 0,
         "HEAD_DIM": head_dim,
         "D0": d0,
         "D1": d1,
@@ -304,12 +307,12 @@ def plan_forward(call: Call) -> Plan:
     return Plan(
         call.batch * heads * splits * num_tiles,
         tuple(numbers.values()),
-        constants,
+        Constants(constants),
         tile,
         specialized is not None,
         described,
         splits,
         call.batch * heads * rows,
         combine_numbers,
-        combine_constants,
+        Constants(combine_constants),
     )

@@ -101,7 +101,7 @@ RULES = (
     Rule(
         f"at most {TILE} queries or a multiple of them, if causal or with a window",
         lambda r: not (r.causal or r.has_window) or r.seqlen_q <= TILE or r.seqlen_q % TILE == 0,
-        "the last tile loses keys that it sees",
+        "the last tile loses keys that it sees where it has more rows than its blocks have keys",
     ),
     Rule(
         "a key for every query",
