@@ -84,10 +84,10 @@ def test_tensor_descriptors(monkeypatch, case):
     [
         Case(sq=70, sk=100, heads=4, heads_k=2, head_dim=64, causal=True, dtype=FP16),
         Case(sq=100, sk=96, heads_k=2, head_dim=64, layout="transposed"),
-        Case(sq=96, sk=70, head_dim=128, window_size=(20, 5), sinks=True, layout="interleaved"),
-        Case(sq=70, sk=37, head_dim=120, causal=True, softcap=3.0, alibi="bh", dtype=FP16),
-        Case(batch=1, sq=65, sk=130, head_dim=256, window_size=(9, -1), alibi="h", dtype=FP16),
-        Case(sq=70, sk=70, head_dim=64, softmax_scale=-0.3, sinks=True),
+        Case(sq=96, sk=70, head_dim=128, causal=True, sinks=True, layout="interleaved"),
+        Case(sq=70, sk=37, head_dim=120, causal=True, softmax_scale=0.7, dtype=FP16),
+        Case(batch=1, sq=65, sk=130, head_dim=256, window_size=(-1, 0), dtype=FP16),
+        Case(sq=70, sk=70, head_dim=64, sinks=True),
     ],
     ids=case_id,
 )

@@ -8,7 +8,6 @@ import torch
 from checks import FP16, FP32, assert_attention_close, assert_close, cumulative
 
 import flash_attn
-from flash_attn.backends.flaggems import attention
 from flash_attn.flash_attn_interface import _flash_attn_varlen_forward
 
 LENGTHS_Q, LENGTHS_K = (5, 0, 40, 1), (33, 20, 0, 70)
@@ -57,13 +56,6 @@ def test_against_the_reference(dtype, head_dim, options):
         cu_seqlens_k=cu_k,
         **options,
     )
-
-
-@with_options
-@pytest.mark.parametrize("dtype, head_dim", [(FP32, 64), (FP16, 112)])
-def test_specialised_warps(dtype, head_dim, options, specialised_forward):
-    test_against_the_reference(dtype, head_dim, options)
-    assert specialised_forward == [attention.attention_forward_specialized]
 
 
 def test_dropout_counts_inside_the_sequence():

@@ -141,8 +141,7 @@ def attend(
         keys_of_kernel = (descriptor(x, plan.tile.block_n, columns) for x in (k, v))
     if plan.specialized:
         kernel = attention_forward_specialized
-        lengths = cu_seqlens_q, cu_seqlens_k, seqused
-        tensors = (q, *keys_of_kernel, out, softmax_lse, *lengths, slopes, s_aux)
+        tensors = (q, *keys_of_kernel, out, softmax_lse, s_aux)
         run = launch_with_memory
     else:
         kernel = attention_forward

@@ -29,27 +29,12 @@ MOST_FEW_ROWS = 64
 # What the kernel with specialised warps takes, in its order.
 _NUMBERS_OF_SPECIALIZED = (
     *("q_batch_stride", "q_row_stride", "q_head_stride"),
-    *("k_row_stride", "k_head_stride", "v_row_stride", "v_head_stride"),
     *("out_batch_stride", "out_row_stride", "out_head_stride"),
-    *("lse_batch_stride", "lse_head_stride"),
-    *("slopes_batch_stride", "slopes_head_stride", "s_aux_stride"),
-    *("batch", "num_heads", "group_size", "seqlen_q", "seqlen_k", "total_q", "total_k"),
-    *("num_tiles", "window_left", "window_right", "scale", "softcap"),
+    *("lse_batch_stride", "lse_head_stride", "s_aux_stride"),
+    *("num_heads", "group_size", "seqlen_q", "seqlen_k", "num_tiles", "scale"),
 )
-_CONSTANTS_OF_SPECIALIZED = (
-    *(
-        "VARLEN",
-        "HAS_SEQUSED",
-        "MASKED",
-        "HAS_LEFT",
-        "HAS_RIGHT",
-        "HAS_SOFTCAP",
-        "HAS_ALIBI",
-        "HAS_SINK",
-        "TRANSFORMED",
-    ),
-    *("HEAD_DIM", "D0", "BLOCK_M", "BLOCK_N"),
-)
+_CONSTANTS_OF_SPECIALIZED = ("HAS_SINK", "HEAD_DIM", "D0", "BLOCK_M", "BLOCK_N")
+
 # Descriptors are made at every launch, which short calls do not win back.
 LEAST_DESCRIBED_KEYS = 512
 
@@ -156,8 +141,8 @@ def _has_described_keys(call: Call, head_is_whole: bool) -> bool:
         and call.aligned
         and head_is_whole
         and call.seqlen_k >= LEAST_DESCRIBED_KEYS
-        and call.table_stride is None
-        and not (call.has_leftpad or call.has_batch_idx)
+        and not (call.varlen_q or call.varlen_k or call.table_stride is not None)
+        and not (call.has_seqused or call.has_leftpad or call.has_batch_idx)
         and is_describable(call.k_shape, call.k_strides)
         and is_describable(call.k_shape, call.v_strides)
     )
@@ -196,16 +181,18 @@ def plan_forward(call: Call) -> Plan:
         tile = tiles.forward(call.capability, d0 + d1, has_dropout)
         if unit == 1:
             tile = tiles.of_elements(call.capability, tile)
-    describable = not few and _has_described_keys(call, d1 == 0)
-    # Descriptors of the host have the keys of all sequences in their shape.
-    described = describable and not (call.varlen_q or call.varlen_k or call.has_seqused)
-    varlen = call.varlen_q and call.varlen_k
+    has_slopes, has_sink = call.slopes_strides is not None, call.s_aux_stride is not None
+    softcap, scale = call.softcap, call.softmax_scale
+    described = not few and _has_described_keys(call, d1 == 0)
     specialized = None
     if (
-        (described or (describable and varlen))
+        described
         and unit == 8
-        and not has_dropout
         and is_describable(call.q_shape, call.q_strides)
+        and left < 0
+        and right <= 0
+        and scale > 0
+        and not (has_dropout or has_slopes or softcap > 0)
     ):
         specialized = tiles.forward_specialized(call.capability, d0)
         tile = specialized or tile
@@ -224,8 +211,6 @@ def plan_forward(call: Call) -> Plan:
 
     lse_strides = (0, *call.lse_strides) if call.varlen_q else call.lse_strides
     slopes_strides = call.slopes_strides or (0,)
-    has_slopes, has_sink = call.slopes_strides is not None, call.s_aux_stride is not None
-    softcap, scale = call.softcap, call.softmax_scale
     total_q = call.q_shape[0] if call.varlen_q else 0
     threshold, dropout_scale = dropout_numbers(call.dropout_p)
     numbers = {
@@ -301,9 +286,9 @@ def plan_forward(call: Call) -> Plan:
     }
     if specialized is not None:
         numbers = {name: numbers[name] for name in _NUMBERS_OF_SPECIALIZED}
-        constants["VARLEN"] = varlen
-        constants["MASKED"] = varlen or left >= 0 or right >= 0 or call.seqlen_k % tile.block_n != 0
         constants = {name: constants[name] for name in _CONSTANTS_OF_SPECIALIZED}
+        constants["CAUSAL"] = right == 0
+        constants["MASKED"] = right == 0 or call.seqlen_k % tile.block_n != 0
     return Plan(
         call.batch * heads * splits * num_tiles,
         tuple(numbers.values()),
