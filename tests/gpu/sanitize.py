@@ -131,6 +131,7 @@ def run_group(group, head_dim):
         "rotary": lambda: rotary(head_dim),
     }[group]()
     torch.cuda.synchronize()
+    time.sleep(0.5)  # for torch's autograd thread, which must not meet the end of Python
     print("finished")
 
 
