@@ -81,12 +81,13 @@ def descriptor(x: Tensor, rows: int, columns: int) -> Any:
     batch, seqlen, num_heads, head_dim = x.shape
     # The stride of a dimension of one element is any number, but descriptors take only some.
     strides = [stride if size > 1 else 8 for size, stride in zip(x.shape, x.stride(), strict=True)]
-    return TensorDescriptor(
-        x,
-        [batch, num_heads, seqlen, head_dim],
-        [strides[0], strides[2], strides[1], 1],
-        [1, 1, rows, columns],
-    )
+    # Without its own checks, which take as long as all else: is_describable has made them.
+    made = object.__new__(TensorDescriptor)
+    made.base = x
+    made.shape = [batch, num_heads, seqlen, head_dim]
+    made.strides = [strides[0], strides[2], strides[1], 1]
+    made.block_shape = [1, 1, rows, columns]
+    return made
 
 
 def softcap_kind(softcap: float) -> int:
