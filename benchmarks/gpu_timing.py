@@ -112,7 +112,7 @@ def triton_peers(inputs):
         mask = create_block_mask(
             *(lambda b, h, i, j: i >= j, None, None, case.seqlen, case.seqlen), device="cuda"
         )
-    torch._dynamo.reset()  # which counts compilations, and ends them after eight
+    torch.compiler.reset()  # which counts compilations, and ends them after eight
     flex = torch.compile(flex_attention, dynamic=False)
     peers["flex"] = lambda: flex(*inputs.peer_tensors, block_mask=mask)
     return peers

@@ -24,7 +24,7 @@ import triton.runtime.interpreter  # noqa: E402
 
 from flash_attn import backends  # noqa: E402
 from flash_attn.backends import flaggems  # noqa: E402
-from flash_attn.backends.flaggems import attention, plan, runtime, tiles  # noqa: E402
+from flash_attn.backends.flaggems import runtime, tiles  # noqa: E402
 
 torch.set_num_threads(1)
 numpy.seterr(all="ignore")  # -inf and NaN are numbers like others here
@@ -79,16 +79,3 @@ def _seed_and_small_tiles(monkeypatch):
     few_rows = tiles.few_rows
     monkeypatch.setattr(tiles, "forward", lambda *_: tiles.Tile(32, 32, 4, 1))
     monkeypatch.setattr(tiles, "few_rows", lambda *x: few_rows(*x)._replace(block_n=32))
-
-
-@pytest.fixture
-def specialised_forward(monkeypatch):
-    """Has the kernel of Hopper serve, which the interpreter runs as one program; lists launches."""
-    plan.plan_forward.cache_clear()
-    monkeypatch.setattr(plan, "LEAST_DESCRIBED_KEYS", 1)
-    monkeypatch.setattr(tiles, "has_descriptors", lambda capability: True)
-    monkeypatch.setattr(tiles, "forward_specialized", lambda *_: tiles.Tile(32, 32, 4, 1))
-    used, run = [], attention.launch_with_memory
-    monkeypatch.setattr(attention, "launch_with_memory", lambda *x: used.append(x[0]) or run(*x))
-    yield used
-    plan.plan_forward.cache_clear()

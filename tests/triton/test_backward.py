@@ -167,6 +167,7 @@ def test_padding_is_not_read(causal, monkeypatch):
 
 
 def test_rows_of_a_sequence_that_see_nothing_may_hold_anything():
+    """As the next one, with sequences of varying length."""
     q, k, v, cu_q, cu_k, *most = _varlen_inputs(FP32, head_dim=64)
     begins, lengths = cu_q[:-1].tolist(), zip(LENGTHS_Q, LENGTHS_K, strict=True)
     hidden = torch.zeros(len(q)).bool()

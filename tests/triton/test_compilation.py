@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from uniform_registers import unset
 
 SCRIPT = Path(__file__).with_name("compile_kernels.py")
 # Bytes of shared memory that a program may use, by architecture.
@@ -36,6 +37,24 @@ def test_kernels_compile_and_fit(arch):
         assert report["shared"] <= SHARED[arch], report
         assert report["stack"] <= MAX_STACK, report
         assert not report["unset"], report
+
+
+# One path to the product writes UR4 and UR5, the other jumps over that.
+SASS = """
+        /*0000*/                   UMOV UR6, 0x400 ;
+        /*0010*/                   UMOV UR7, 0x40000040 ;
+        /*0020*/              @!P0 BRA `(.L_x_0) ;
+        /*0030*/                   UIADD3 UR4, UP0, UR6, 0x20, URZ ;
+        /*0040*/                   UMOV UR5, UR7 ;
+.L_x_0:
+        /*0050*/                   HGMMA.64x16x16.F32.BF16 R72, gdesc[UR4], R72 ;
+        /*0060*/                   EXIT ;
+"""
+
+
+def test_what_reads_an_unset_register_is_found():
+    assert unset(SASS) == ["HGMMA.64x16x16.F32.BF16 R72, gdesc[UR4], R72"]
+    assert unset(SASS.replace("@!P0 BRA `(.L_x_0)", "NOP")) == []
 
 
 def test_shapes_do_not_specialise():

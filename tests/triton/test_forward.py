@@ -79,6 +79,19 @@ def test_tensor_descriptors(monkeypatch, case):
     plan.plan_forward.cache_clear()
 
 
+@pytest.fixture
+def specialised_forward(monkeypatch):
+    """Has the kernel of Hopper serve, which the interpreter runs as one program; lists launches."""
+    plan.plan_forward.cache_clear()
+    monkeypatch.setattr(plan, "LEAST_DESCRIBED_KEYS", 1)
+    monkeypatch.setattr(tiles, "has_descriptors", lambda capability: True)
+    monkeypatch.setattr(tiles, "forward_specialized", lambda *_: tiles.Tile(32, 32, 4, 1))
+    used, run = [], attention.launch_with_memory
+    monkeypatch.setattr(attention, "launch_with_memory", lambda *x: used.append(x[0]) or run(*x))
+    yield used
+    plan.plan_forward.cache_clear()
+
+
 @pytest.mark.parametrize(
     "case",
     [

@@ -20,7 +20,8 @@ def _inputs(dtype, head_dim, heads=4, heads_k=2, lengths_q=LENGTHS_Q, lengths_k=
     return q, k, v
 
 
-with_options = pytest.mark.parametrize(
+@pytest.mark.parametrize("dtype, head_dim", [(FP32, 24), (FP16, 96)])
+@pytest.mark.parametrize(
     "options",
     [
         {},
@@ -30,10 +31,6 @@ with_options = pytest.mark.parametrize(
     ],
     ids=("plain", "causal", "window-sinks", "alibi"),
 )
-
-
-@pytest.mark.parametrize("dtype, head_dim", [(FP32, 24), (FP16, 96)])
-@with_options
 def test_against_the_reference(dtype, head_dim, options):
     q, k, v = _inputs(dtype, head_dim)
     k[sum(LENGTHS_K) :] = v[sum(LENGTHS_K) :] = math.nan

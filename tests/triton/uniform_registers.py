@@ -38,7 +38,7 @@ def _effects(instruction):
         is_pair = name != "USHF" and ("64" in modifiers or "WIDE" in modifiers)
         writes |= {first, first + 1} if is_pair else {first}
         del operands[0]
-    for operand in operands:
+    for operand in () if name == "MOV" else operands:  # MOV saves a register, set or not
         if described := re.search(r"gdesc\[UR(\d+)\]", operand):
             # Of the left operand, unless it is in registers, and of the right one.
             first = int(described[1])
@@ -57,6 +57,7 @@ def _effects(instruction):
 def unset(sass):
     """Instructions that read a uniform register which a path to them has not written."""
     instructions, labels = _parse(sass)
+    assert instructions, "this is not what nvdisasm prints"
     effects = [_effects(x) for x in instructions]
     written = [None] * len(instructions)  # before each instruction, on every path to it
     waiting = [(0, frozenset())]

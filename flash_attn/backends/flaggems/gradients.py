@@ -236,12 +236,10 @@ def backward(
 
     has_features = softcap > 0 or slopes is not None or dropout_p > 0
     tile = tiles.backward_dkdv(capability, d0 + d1, constants["DESCRIPTORS"], has_features)
-    tile_of_dq = tiles.backward_dq(capability, d0 + d1, has_features)
-    if unit == 1:
-        tile, tile_of_dq = (tiles.of_elements(capability, x) for x in (tile, tile_of_dq))
+    tile = tiles.for_unit(unit, capability, tile)
     num_tiles, num_pairs = -(-shapes.seqlen_k // tile.block_n), shapes.batch * shapes.num_heads_k
     run(backward_dkdv, (dk, dv), (q, dout), tile.block_m, tile, num_tiles, num_pairs)
-    tile = tile_of_dq
+    tile = tiles.for_unit(unit, capability, tiles.backward_dq(capability, d0 + d1, has_features))
     num_tiles, num_pairs = -(-shapes.seqlen_q // tile.block_m), shapes.batch * shapes.num_heads
     run(backward_dq, (dq,), (k, v), tile.block_n, tile, num_tiles, num_pairs)
 

@@ -179,8 +179,7 @@ def plan_forward(call: Call) -> Plan:
     else:
         rows = call.seqlen_q
         tile = tiles.forward(call.capability, d0 + d1, has_dropout)
-        if unit == 1:
-            tile = tiles.of_elements(call.capability, tile)
+        tile = tiles.for_unit(unit, call.capability, tile)
     has_slopes, has_sink = call.slopes_strides is not None, call.s_aux_stride is not None
     softcap, scale = call.softcap, call.softmax_scale
     described = not few and _has_described_keys(call, d1 == 0)
@@ -261,8 +260,8 @@ def plan_forward(call: Call) -> Plan:
         "HAS_ALIBI": has_slopes,
         "HAS_SINK": has_sink,
         "HAS_DROPOUT": has_dropout,
-        # Scaled in the exponent, scores beyond 2^23 differ from their maximum by rounding alone,
-        # which is no matter of speed for few rows.
+        # Scaling in the exponent saves a multiplication, and has scores beyond 2^23 differ from
+        # their maximum by its rounding. Few rows do without the saving.
         "TRANSFORMED": few or softcap > 0 or has_slopes or not scale > 0,
         "HEAD_DIM": head_dim,
         "D0": d0,

@@ -70,9 +70,11 @@ def _find(table: dict[int, tuple[tuple[int, Tile], ...]], capability: int, head_
     return next(tile for most, tile in entries if head_dim <= most)
 
 
-def of_elements(capability: int, tile: Tile) -> Tile:
-    """The tile where elements are moved one by one: their addresses take registers."""
-    if family(capability) == 0:
+def for_unit(unit: int, capability: int, tile: Tile) -> Tile:
+    """The tile itself, or where elements are moved one by one (`unit_of` in launch.py) a smaller
+    one: their addresses take registers.
+    """
+    if unit > 1 or family(capability) == 0:
         return tile
     return tile._replace(block_m=min(tile.block_m, 64), block_n=min(tile.block_n, 64), num_warps=8)
 

@@ -214,31 +214,17 @@ def backward_dkdv(
                 else:
                     q_rows = q + start * q_row_stride
                     dout_rows = dout + start * dout_row_stride
-                    first_row = row_begin - start
-                    last_row = row_end - start
+                    rows_begin = row_begin - start
+                    rows_end = row_end - start
                     # Rows that see nothing may hold anything, and are read as 0.
                     q0 = load_tile(
-                        q_rows,
-                        q_offsets0,
-                        first_row,
-                        last_row,
-                        BLOCK_M,
-                        D0,
-                        VALID0,
-                        IS_MASKED,
-                        True,
-                    )
+                        q_rows, q_offsets0, rows_begin, rows_end,
+                        BLOCK_M, D0, VALID0, IS_MASKED, True,
+                    )  # fmt: skip
                     dout0 = load_tile(
-                        dout_rows,
-                        dout_offsets0,
-                        first_row,
-                        last_row,
-                        BLOCK_M,
-                        D0,
-                        VALID0,
-                        IS_MASKED,
-                        True,
-                    )
+                        dout_rows, dout_offsets0, rows_begin, rows_end,
+                        BLOCK_M, D0, VALID0, IS_MASKED, True,
+                    )  # fmt: skip
 
                 s = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
                 dp = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
@@ -251,27 +237,13 @@ def backward_dkdv(
                 dp = tl.dot(v0, tl.trans(dout0), dp)
                 if D1 > 0:
                     q1 = load_tile(
-                        q_rows + D0,
-                        q_offsets1,
-                        first_row,
-                        last_row,
-                        BLOCK_M,
-                        D1,
-                        HEAD_DIM - D0,
-                        IS_MASKED,
-                        True,
-                    )
+                        q_rows + D0, q_offsets1, rows_begin, rows_end,
+                        BLOCK_M, D1, HEAD_DIM - D0, IS_MASKED, True,
+                    )  # fmt: skip
                     dout1 = load_tile(
-                        dout_rows + D0,
-                        dout_offsets1,
-                        first_row,
-                        last_row,
-                        BLOCK_M,
-                        D1,
-                        HEAD_DIM - D0,
-                        IS_MASKED,
-                        True,
-                    )
+                        dout_rows + D0, dout_offsets1, rows_begin, rows_end,
+                        BLOCK_M, D1, HEAD_DIM - D0, IS_MASKED, True,
+                    )  # fmt: skip
                     s = tl.dot(k1, tl.trans(q1), s)
                     dp = tl.dot(v1, tl.trans(dout1), dp)
 

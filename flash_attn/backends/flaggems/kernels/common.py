@@ -242,6 +242,10 @@ def any_seeing_queries(
     return begin, tl.maximum(begin, end)
 
 
+# -------------------------------------------------------------------------------------------------
+# Scores
+
+
 @triton.jit
 def tanh_of(x, NEAR_ZERO: tl.constexpr):
     """tanh(x / (2 log2(e))), float32.
@@ -338,17 +342,3 @@ def load_rows(pointer, row_stride, num_rows, ROWS: tl.constexpr, D0: tl.constexp
     if D < D0:
         mask = mask & (column[None, :] < D)
     return tl.load(address, mask=mask, other=0.0)
-
-
-@triton.jit
-def store_rows(
-    pointer, row_stride, num_rows, x, ROWS: tl.constexpr, D0: tl.constexpr, D: tl.constexpr
-):
-    """The inverse of load_rows."""
-    row = tl.arange(0, ROWS)
-    column = tl.arange(0, D0)
-    address = pointer + row[:, None] * row_stride + column[None, :]
-    mask = row[:, None] < num_rows
-    if D < D0:
-        mask = mask & (column[None, :] < D)
-    tl.store(address, x, mask=mask)
