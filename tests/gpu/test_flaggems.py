@@ -108,33 +108,3 @@ def test_compiles_as_a_whole():
         ]
     for x, y in zip(*gradients, strict=True):
         assert close(x, y)
-
-
-@pytest.mark.skipif(
-    torch.cuda.is_available() and torch.cuda.get_device_capability() != (9, 0), reason="Hopper's"
-)
-@pytest.mark.parametrize("causal", (False, True))
-@pytest.mark.parametrize("head_dim", (120, 128, 224, 256))
-def test_specialised_warps_agree_with_the_other_kernel(monkeypatch, head_dim, causal):
-    from flash_attn.backends.flaggems import attention, plan, tiles
-
-    q, k, v = tensors(700, 900, 6, head_dim)
-    k, v = k[:, :, :2], v[:, :, :2]
-    options = {"causal": causal, "s_aux": torch.randn(6), "return_attn_probs": True}
-    made, used, run = [], [], attention.launch_with_memory
-    monkeypatch.setattr(attention, "launch_with_memory", lambda *x: used.append(x[0]) or run(*x))
-    find = tiles.forward_specialized
-    for specialises in (False, True):
-        monkeypatch.setattr(
-            tiles, "forward_specialized", lambda *x, on=specialises: find(*x) if on else None
-        )
-        plan.plan_forward.cache_clear()
-        used.clear()
-        made.append(ours(q, k, v, **options)[:2])
-        again = [ours(q, k, v, **options)[:2] for _ in range(20)]
-        assert bool(used) == specialises
-        for results in again:
-            assert all(map(torch.equal, results, made[-1]))
-    plan.plan_forward.cache_clear()
-    for x, y in zip(*made, strict=True):
-        assert close(x, y)

@@ -50,10 +50,6 @@ _FEW_ROWS = {
     86: ((64, Tile(16, 64, 4, 3)), (128, Tile(16, 64, 4, 2)), (256, Tile(16, 32, 4, 2))),
     0: ((64, Tile(16, 64, 4, 2)), (128, Tile(16, 64, 4, 1)), (256, Tile(16, 32, 4, 1))),
 }
-# Of Hopper, for the kernel whose warps are specialised: of three groups of num_warps two have half
-# of the rows each, and the third brings keys and values into num_stages buffers. Two, since with
-# three the results were wrong now and then.
-_FORWARD_SPECIALIZED = ((128, Tile(128, 128, 4, 2)), (256, Tile(128, 64, 4, 2)))
 
 
 def family(capability: int) -> int:
@@ -88,10 +84,12 @@ def forward(capability: int, head_dim: int, has_dropout: bool = False) -> Tile:
 
 
 def forward_specialized(capability: int, head_dim: int) -> Tile | None:
-    """The tile of the forward kernel with specialised warps; None where another serves."""
-    if capability != 90 or head_dim <= 64:  # at 64 the other kernel is faster
-        return None
-    return next(tile for most, tile in _FORWARD_SPECIALIZED if head_dim <= most)
+    """The tile of the forward kernel with specialised warps; None where another serves.
+
+    It always does: Triton 3.6 puts tiles where barriers have been, without invalidating these, and
+    the state of such a barrier was seen written over a tile later.
+    """
+    return None
 
 
 def few_rows(capability: int, head_dim: int, rows: int) -> Tile:
