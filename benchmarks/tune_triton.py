@@ -10,7 +10,7 @@ backward pass is timed whole: of its two large kernels one is varied, the other 
   python benchmarks/tune_triton.py --kernels dq --head-dim 128 --tiles 128,64,8,3 128,128,8,2
 
 Tiles are block_m,block_n,num_warps,num_stages; of dkdv and dq with ",pointers" behind them (no
-tensor descriptors), of forward with ",specialized" (the kernel with specialised warps). "" is what
+tensor descriptors), of forward with ",hopper" (the kernel in Gluon, which has 128 rows). "" is what
 the table says.
 """
 
@@ -40,15 +40,15 @@ VARIANTS = {
     "forward": {
         64: (
             *("128,128,8,3", "128,128,4,3", "128,64,4,3", "64,128,4,3", "64,64,4,3", "64,64,4,2"),
-            "128,128,4,2,specialized",
+            *("128,128,4,2,hopper", "128,64,4,3,hopper", "128,128,4,3,hopper"),
         ),
         128: (
             *("128,128,8,2", "128,128,8,3", "128,64,8,3", "64,128,4,2"),
-            *("128,128,4,2,specialized", "128,64,4,2,specialized"),
+            *("128,128,4,2,hopper", "128,64,4,3,hopper"),
         ),
         256: (
             *("128,64,8,2", "128,32,8,3", "64,64,4,2"),
-            *("128,64,4,2,specialized", "128,32,4,2,specialized"),
+            *("128,64,4,2,hopper", "128,32,4,3,hopper"),
         ),
     },
     "dkdv": {
@@ -92,7 +92,8 @@ def chosen(kernel, variant):
 
         replace(FUNCTIONS[kernel], tile)
         if kernel == "forward":
-            replace("forward_specialized", tile if "specialized" in words else None)
+            replace("forward_hopper", tile)
+            replace("has_gluon", "hopper" in words)
             patch = mock.patch.object(attention, "plan_forward", planner(variant))
             stack.enter_context(patch)
         if "pointers" in words:

@@ -108,3 +108,56 @@ def test_compiles_as_a_whole():
         ]
     for x, y in zip(*gradients, strict=True):
         assert close(x, y)
+
+
+OPTIONS = {
+    "plain": {},
+    "causal": {"causal": True},
+    "window": {"window_size": (100, 30)},
+    "softcap": {"softcap": 20.0},
+    "alibi": {"causal": True, "alibi_slopes": True},
+    "dropout": {"dropout_p": 0.2},
+}
+
+
+@pytest.mark.skipif(
+    torch.cuda.is_available() and torch.cuda.get_device_capability() != (9, 0), reason="Hopper's"
+)
+@pytest.mark.parametrize("varlen", (False, True))
+@pytest.mark.parametrize("head_dim", (56, 64, 128, 248))
+@pytest.mark.parametrize("name", OPTIONS)
+def test_the_kernel_of_hopper_agrees_with_the_other(monkeypatch, name, head_dim, varlen):
+    from flash_attn.backends.flaggems import attention, plan, tiles
+
+    q, k, v = tensors(700, 900, 6, head_dim)
+    k, v = k[:, :, :2], v[:, :, :2]
+    options = OPTIONS[name] | {"s_aux": torch.randn(6), "return_attn_probs": True}
+    if "alibi_slopes" in options:
+        options["alibi_slopes"] = torch.rand(6)
+    if varlen:  # rows of no sequence, whose keys and values are NaN
+        cu_q, cu_k = (torch.tensor(x).int() for x in ((0, 1, 300, 680), (0, 130, 130, 777)))
+        k[:, 777:], v[:, 777:] = float("nan"), float("nan")
+        arguments = (*(x[0] for x in (q, k, v)), cu_q, cu_k, 400, 700)
+
+    def call():
+        torch.manual_seed(3)
+        with use_backend("flaggems"):
+            if varlen:
+                return flash_attn.flash_attn_varlen_func(*arguments, **options)[:2]
+            return flash_attn.flash_attn_func(q, k, v, **options)[:2]
+
+    made, used, run = [], [], attention.launch
+    monkeypatch.setattr(attention, "launch", lambda *x: used.append(x[0].__name__) or run(*x))
+    for serves in (True, False):
+        if not serves:
+            monkeypatch.setattr(tiles, "has_gluon", lambda capability: False)
+        plan.plan_forward.cache_clear()
+        used.clear()
+        made.append(call())
+        assert ("attention_forward_hopper" in used) == serves
+        for _ in range(10):
+            assert all(map(torch.equal, call(), made[-1]))
+    plan.plan_forward.cache_clear()
+    for x, y in zip(*made, strict=True):
+        assert not x.isnan().any()
+        assert close(x, y)

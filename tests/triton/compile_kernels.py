@@ -64,7 +64,7 @@ class Launch:
     def report(self):
         """Compiles it, and says what it needs."""
         start = time.monotonic()
-        source = ASTSource(self.kernel, self.signature, self.constants, self.attributes)
+        source = self.kernel.ASTSource(self.kernel, self.signature, self.constants, self.attributes)
         compiled = triton.compile(source, target=self.target, options=self.options)
         seconds = time.monotonic() - start
         tools = Path(triton.backends.__file__).parent / "nvidia" / "bin"

@@ -79,36 +79,6 @@ def test_tensor_descriptors(monkeypatch, case):
     plan.plan_forward.cache_clear()
 
 
-@pytest.fixture
-def specialised_forward(monkeypatch):
-    """Has the kernel of Hopper serve, which the interpreter runs as one program; lists launches."""
-    plan.plan_forward.cache_clear()
-    monkeypatch.setattr(plan, "LEAST_DESCRIBED_KEYS", 1)
-    monkeypatch.setattr(tiles, "has_descriptors", lambda capability: True)
-    monkeypatch.setattr(tiles, "forward_specialized", lambda *_: tiles.Tile(32, 32, 4, 1))
-    used, run = [], attention.launch_with_memory
-    monkeypatch.setattr(attention, "launch_with_memory", lambda *x: used.append(x[0]) or run(*x))
-    yield used
-    plan.plan_forward.cache_clear()
-
-
-@pytest.mark.parametrize(
-    "case",
-    [
-        Case(sq=70, sk=100, heads=4, heads_k=2, head_dim=64, causal=True, dtype=FP16),
-        Case(sq=100, sk=96, heads_k=2, head_dim=64, layout="transposed"),
-        Case(sq=96, sk=70, head_dim=128, causal=True, sinks=True, layout="interleaved"),
-        Case(sq=70, sk=37, head_dim=120, causal=True, softmax_scale=0.7, dtype=FP16),
-        Case(batch=1, sq=65, sk=130, head_dim=256, window_size=(-1, 0), dtype=FP16),
-        Case(sq=70, sk=70, head_dim=64, sinks=True),
-    ],
-    ids=case_id,
-)
-def test_specialised_warps(case, specialised_forward):
-    check_forward(case)
-    assert specialised_forward == [attention.attention_forward_specialized]
-
-
 @pytest.mark.parametrize(
     "case",
     [

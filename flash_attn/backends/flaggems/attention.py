@@ -9,9 +9,8 @@ from torch import Tensor
 from flash_attn.backends.flaggems import runtime, tiles
 from flash_attn.backends.flaggems.kernels.combine import combine_parts
 from flash_attn.backends.flaggems.kernels.forward import attention_forward
-from flash_attn.backends.flaggems.kernels.forward_specialized import attention_forward_specialized
 from flash_attn.backends.flaggems.kernels.s_dmask import write_s_dmask
-from flash_attn.backends.flaggems.launch import descriptor, launch, launch_with_memory
+from flash_attn.backends.flaggems.launch import descriptor, launch
 from flash_attn.backends.flaggems.plan import Call, Plan, plan_forward
 from flash_attn.backends.interface import Options, Sequences
 
@@ -138,17 +137,16 @@ def attend(
     keys_of_kernel = k, v
     if plan.described:
         columns = plan.constants["D0"]
-        keys_of_kernel = (descriptor(x, plan.tile.block_n, columns) for x in (k, v))
-    if plan.specialized:
-        kernel = attention_forward_specialized
-        tensors = (q, *keys_of_kernel, out, softmax_lse, s_aux)
-        run = launch_with_memory
+        keys_of_kernel = (descriptor(x, plan.tile.block_n, columns, plan.hopper) for x in (k, v))
+    if plan.hopper:
+        from flash_attn.backends.flaggems.kernels.forward_hopper import attention_forward_hopper
+
+        kernel = attention_forward_hopper
+        tensors = (q, *keys_of_kernel, out, softmax_lse, *optional[:5], *optional[6:])
     else:
         kernel = attention_forward
         tensors = (q, *keys_of_kernel, out, softmax_lse, partial_out, partial_lse, *optional)
-        run = launch
-    arguments = (*tensors, *plan.numbers)
-    run(kernel, plan.programs, device, arguments, plan.constants, plan.tile)
+    launch(kernel, plan.programs, device, (*tensors, *plan.numbers), plan.constants, plan.tile)
     if plan.num_splits > 1:
         parts = (partial_out, partial_lse, out, softmax_lse, cu_seqlens_q, s_aux)
         launch(
@@ -168,18 +166,17 @@ def _write_s_dmask(q: Tensor, k: Tensor, s_dmask: Tensor, optional: tuple, plan:
     tile = tiles.S_DMASK
     batch, num_heads, num_rows, num_columns = s_dmask.shape
     num_tiles = -(-num_rows // tile.block_m)
-    others = ("DESCRIPTORS", "PACKED", "SPLIT", "HAS_SINK", "HAS_DROPOUT", "TRANSFORMED")
-    constants = {name: x for name, x in plan.constants.items() if name not in others}
+    before, behind = plan.s_dmask_numbers
     launch(
         write_s_dmask,
         batch * num_heads * num_tiles,
         q.device,
         (
             *(q, k, s_dmask, *optional),
-            *(*plan.numbers[:6], *s_dmask.stride()[:3], *plan.numbers[14:]),
+            *(*before, *s_dmask.stride()[:3], *behind),
             *(num_tiles, num_rows, num_columns),
         ),
-        constants | {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n},
+        plan.s_dmask_constants | {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n},
         tile,
     )
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextvars
 import functools
 from typing import Any
 
@@ -66,27 +65,46 @@ def strides(x: Tensor, unit: int = 1) -> tuple[int, int, int]:
 
 
 def is_describable(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
-    """Whether a tensor (b, s, h, d) can have a descriptor if its memory is aligned to 16 bytes."""
-    return all(shape) and all(
+    """Whether a tensor (b, s, h, d) or (s, h, d) can have a descriptor if its memory is aligned to
+    16 bytes.
+    """
+    return all(0 < size < 2**31 for size in shape) and all(
         stride % 8 == 0 and 0 < stride < 2**36
         for size, stride in zip(shape[:-1], strides[:-1], strict=True)
         if size > 1
     )
 
 
-def descriptor(x: Tensor, rows: int, columns: int) -> Any:
-    """Of tiles of rows of one head of a tensor (b, s, h, d), as (b, h, s, d)."""
-    from triton.tools.tensor_descriptor import TensorDescriptor
+@functools.cache
+def _layout_of_gluon() -> Any:
+    from triton.experimental.gluon.language import NVMMASharedLayout
 
-    batch, seqlen, num_heads, head_dim = x.shape
+    return NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
+
+
+def descriptor(x: Tensor, rows: int, columns: int, gluon: bool = False) -> Any:
+    """Of tiles of rows of one head of a tensor (b, s, h, d), as (b, h, s, d), b being 1 without it.
+
+    gluon: for a kernel in Gluon, which says how tiles lie in shared memory.
+    """
+    if gluon:
+        from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+    else:
+        from triton.tools.tensor_descriptor import TensorDescriptor
+
+    batch, seqlen, num_heads, head_dim = x.shape if x.dim() == 4 else (1, *x.shape)
     # The stride of a dimension of one element is any number, but descriptors take only some.
     strides = [stride if size > 1 else 8 for size, stride in zip(x.shape, x.stride(), strict=True)]
+    if x.dim() == 3:
+        strides = [8, *strides]
     # Without its own checks, which take as long as all else: is_describable has made them.
     made = object.__new__(TensorDescriptor)
     made.base = x
     made.shape = [batch, num_heads, seqlen, head_dim]
     made.strides = [strides[0], strides[2], strides[1], 1]
     made.block_shape = [1, 1, rows, columns]
+    if gluon:
+        made.layout = _layout_of_gluon()
     return made
 
 
@@ -193,21 +211,3 @@ def launch(
         if key is not None and compiled is not None:
             names = kernel.arg_names[len(arguments) :]
             _compiled[key] = compiled, tuple(constants[name] for name in names)
-
-
-def launch_with_memory(*arguments: Any) -> None:
-    """`launch` of a kernel that makes tensor descriptors: Triton asks us for their memory.
-
-    It asks what triton.set_allocator was told in this context; so a copy of the context is told.
-    """
-    contextvars.copy_context().run(_launch_with_memory, *arguments)
-
-
-def _launch_with_memory(kernel: Any, programs: int, device: torch.device, *others: Any) -> None:
-    import triton
-
-    def allocate(size: int, alignment: int, stream: int | None) -> Tensor:
-        return torch.empty(size, dtype=torch.uint8, device=device)
-
-    triton.set_allocator(allocate)
-    launch(kernel, programs, device, *others)

@@ -26,14 +26,26 @@ from flash_attn.backends.flaggems.launch import (
 MAX_SPLITS = 128
 # Rows that one tile of the kernel for few rows has at most.
 MOST_FEW_ROWS = 64
-# What the kernel with specialised warps takes, in its order.
-_NUMBERS_OF_SPECIALIZED = (
+# What the kernel of Hopper takes, in its order.
+_NUMBERS_OF_HOPPER = (
     *("q_batch_stride", "q_row_stride", "q_head_stride"),
     *("out_batch_stride", "out_row_stride", "out_head_stride"),
-    *("lse_batch_stride", "lse_head_stride", "s_aux_stride"),
-    *("num_heads", "group_size", "seqlen_q", "seqlen_k", "num_tiles", "scale"),
+    *("lse_batch_stride", "lse_head_stride"),
+    *("slopes_batch_stride", "slopes_head_stride", "s_aux_stride"),
+    *("batch", "num_heads", "group_size", "seqlen_q", "seqlen_k", "seqlen_new"),
+    *("total_q", "total_k", "cache_rows", "num_tiles", "window_left", "window_right"),
+    *("scale", "softcap", "dropout_threshold", "dropout_scale"),
 )
-_CONSTANTS_OF_SPECIALIZED = ("HAS_SINK", "HEAD_DIM", "D0", "BLOCK_M", "BLOCK_N")
+# What the kernel that writes S_dmask does not take of the forward kernel's.
+_NOT_OF_S_DMASK = (
+    *("DESCRIPTORS", "PACKED", "SPLIT", "HAS_SINK", "HAS_DROPOUT", "TRANSFORMED"),
+    *("BLOCK_M", "BLOCK_N"),
+)
+_CONSTANTS_OF_HOPPER = (
+    *("VARLEN_Q", "VARLEN_K", "HAS_SEQUSED", "HAS_LEFTPAD", "HAS_BATCH_IDX"),
+    *("HAS_LEFT", "HAS_RIGHT", "HAS_SOFTCAP", "HAS_ALIBI", "HAS_SINK", "HAS_DROPOUT"),
+    *("TRANSFORMED", "HEAD_DIM", "D0", "BLOCK_M", "BLOCK_N"),
+)
 
 # Descriptors are made at every launch, which short calls do not win back.
 LEAST_DESCRIBED_KEYS = 512
@@ -93,23 +105,27 @@ class Plan(NamedTuple):
     Attributes:
         programs, numbers, constants, tile: of the forward kernel; numbers are its arguments behind
             the tensors.
-        specialized: whether that is the one of kernels/forward_specialized.py.
+        hopper: whether that is the one of kernels/forward_hopper.py.
         described: whether it takes keys and values as tensor descriptors.
         num_splits: parts of the keys; above 1 they are combined.
         rows: query rows, that is programs of the kernel that combines.
         combine_numbers, combine_constants: of that kernel.
+        s_dmask_numbers: of the kernel that writes S_dmask, before and behind its strides.
+        s_dmask_constants: of that kernel, but for its tile.
     """
 
     programs: int
     numbers: tuple
     constants: dict[str, Any]
     tile: tiles.Tile
-    specialized: bool
+    hopper: bool
     described: bool
     num_splits: int
     rows: int
     combine_numbers: tuple
     combine_constants: dict[str, Any]
+    s_dmask_numbers: tuple[tuple, tuple]
+    s_dmask_constants: dict[str, Any]
 
 
 def plan_splits(num_items: int, num_keys: int, num_units: int, block_n: int) -> int:
@@ -141,8 +157,7 @@ def _has_described_keys(call: Call, head_is_whole: bool) -> bool:
         and call.aligned
         and head_is_whole
         and call.seqlen_k >= LEAST_DESCRIBED_KEYS
-        and not (call.varlen_q or call.varlen_k or call.table_stride is not None)
-        and not (call.has_seqused or call.has_leftpad or call.has_batch_idx)
+        and call.table_stride is None
         and is_describable(call.k_shape, call.k_strides)
         and is_describable(call.k_shape, call.v_strides)
     )
@@ -183,18 +198,15 @@ def plan_forward(call: Call) -> Plan:
     has_slopes, has_sink = call.slopes_strides is not None, call.s_aux_stride is not None
     softcap, scale = call.softcap, call.softmax_scale
     described = not few and _has_described_keys(call, d1 == 0)
-    specialized = None
-    if (
-        described
-        and unit == 8
-        and is_describable(call.q_shape, call.q_strides)
-        and left < 0
-        and right <= 0
-        and scale > 0
-        and not (has_dropout or has_slopes or softcap > 0)
-    ):
-        specialized = tiles.forward_specialized(call.capability, d0)
-        tile = specialized or tile
+    hopper = (
+        described and tiles.has_gluon(call.capability) and d0 in tiles.HEADS_OF_HOPPER and unit == 8
+    )
+    if hopper:
+        tile = tiles.forward_hopper(d0)
+    elif call.varlen_q or call.varlen_k or call.has_seqused or call.has_leftpad:
+        described = False
+    elif call.has_batch_idx:
+        described = False
     heads = call.k_shape[-2] if packed else num_heads
     num_tiles = -(-rows // tile.block_m)
     splits = 1
@@ -283,20 +295,23 @@ def plan_forward(call: Call) -> Plan:
         "BLOCK_D": d0 if d1 == 0 else 2 * d0,
         "MAX_SPLITS": MAX_SPLITS,
     }
-    if specialized is not None:
-        numbers = {name: numbers[name] for name in _NUMBERS_OF_SPECIALIZED}
-        constants = {name: constants[name] for name in _CONSTANTS_OF_SPECIALIZED}
-        constants["CAUSAL"] = right == 0
-        constants["MASKED"] = right == 0 or call.seqlen_k % tile.block_n != 0
+    in_order = tuple(numbers.values())
+    s_dmask_constants = {name: x for name, x in constants.items() if name not in _NOT_OF_S_DMASK}
+    if hopper:
+        numbers = {name: numbers[name] for name in _NUMBERS_OF_HOPPER}
+        constants = {name: constants[name] for name in _CONSTANTS_OF_HOPPER}
+        constants["STAGES"] = tile.num_stages
     return Plan(
         call.batch * heads * splits * num_tiles,
         tuple(numbers.values()),
         Constants(constants),
         tile,
-        specialized is not None,
+        hopper,
         described,
         splits,
         call.batch * heads * rows,
         combine_numbers,
         Constants(combine_constants),
+        (in_order[:6], in_order[14:]),  # without the strides of v, out and lse
+        s_dmask_constants,
     )

@@ -51,6 +51,14 @@ _FEW_ROWS = {
     0: ((64, Tile(16, 64, 4, 2)), (128, Tile(16, 64, 4, 1)), (256, Tile(16, 32, 4, 1))),
 }
 
+# Of the kernel in Gluon, which parts warps itself: num_warps of a group.
+_FORWARD_HOPPER = (
+    (64, Tile(128, 128, 4, 2)),
+    (128, Tile(128, 128, 4, 2)),
+    (256, Tile(128, 64, 4, 2)),
+)
+HEADS_OF_HOPPER = (64, 128, 256)
+
 
 def family(capability: int) -> int:
     """The key of a capability in the tables."""
@@ -83,13 +91,9 @@ def forward(capability: int, head_dim: int, has_dropout: bool = False) -> Tile:
     return tile
 
 
-def forward_specialized(capability: int, head_dim: int) -> Tile | None:
-    """The tile of the forward kernel with specialised warps; None where another serves.
-
-    It always does: Triton 3.6 puts tiles where barriers have been, without invalidating these, and
-    the state of such a barrier was seen written over a tile later.
-    """
-    return None
+def forward_hopper(head_dim: int) -> Tile:
+    """The tile of the forward kernel of Hopper."""
+    return next(tile for most, tile in _FORWARD_HOPPER if head_dim <= most)
 
 
 def few_rows(capability: int, head_dim: int, rows: int) -> Tile:
@@ -176,6 +180,14 @@ def backward_dq(capability: int, head_dim: int, has_features: bool = False) -> T
     """The tile of the kernel of dQ; has_features: softcap, ALiBi or dropout."""
     tile = _find(_BACKWARD_DQ, capability, head_dim)
     return tile._replace(block_n=min(tile.block_n, 64)) if has_features else tile
+
+
+@functools.cache
+def has_gluon(capability: int) -> bool:
+    """Whether the kernel in Gluon serves: on Hopper, by the Triton that it was written for."""
+    import triton
+
+    return capability == 90 and triton.__version__.startswith("3.6.")
 
 
 @functools.cache

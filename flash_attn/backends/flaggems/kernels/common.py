@@ -37,8 +37,8 @@ PHILOX_WEYL_1 = tl.constexpr(0xBB67AE85)
 @triton.jit
 def philox(c0, c1, c2, c3, k0, k1):
     """Philox-4x32 with 7 rounds: four uint32 from four, and a key of two."""
-    multiplier0 = tl.full([], PHILOX_MULTIPLIER_0, tl.uint64)
-    multiplier1 = tl.full([], PHILOX_MULTIPLIER_1, tl.uint64)
+    multiplier0 = tl.cast(PHILOX_MULTIPLIER_0, tl.uint64)
+    multiplier1 = tl.cast(PHILOX_MULTIPLIER_1, tl.uint64)
     for _ in tl.static_range(PHILOX_ROUNDS):
         # One multiplication for both halves of a product.
         product0 = c0.to(tl.uint64) * multiplier0
@@ -47,8 +47,8 @@ def philox(c0, c1, c2, c3, k0, k1):
         c1 = product1.to(tl.uint32)
         c2 = (product0 >> 32).to(tl.uint32) ^ c3 ^ k1
         c3 = product0.to(tl.uint32)
-        k0 = k0 + tl.full([], PHILOX_WEYL_0, tl.uint32)
-        k1 = k1 + tl.full([], PHILOX_WEYL_1, tl.uint32)
+        k0 = k0 + tl.cast(PHILOX_WEYL_0, tl.uint32)
+        k1 = k1 + tl.cast(PHILOX_WEYL_1, tl.uint32)
     return c0, c1, c2, c3
 
 
@@ -57,7 +57,7 @@ def dropout_key(rng_state):
     """The key of a call: two uint32 scalars. rng_state points to seed and offset, int64."""
     seed = tl.load(rng_state).to(tl.uint64)
     offset = tl.load(rng_state + 1).to(tl.uint64)
-    zero = tl.full([], 0, tl.uint32)
+    zero = tl.cast(0, tl.uint32)
     k0, k1, _, _ = philox(
         offset.to(tl.uint32),
         (offset >> 32).to(tl.uint32),
@@ -92,8 +92,8 @@ def dropout_keeps(
         k0,
         k1,
     )
-    k02 = tl.join(_keeps_of_word(w0, threshold), _keeps_of_word(w2, threshold))
-    k13 = tl.join(_keeps_of_word(w1, threshold), _keeps_of_word(w3, threshold))
+    k02 = tl.join(keeps_of_word(w0, threshold), keeps_of_word(w2, threshold))
+    k13 = tl.join(keeps_of_word(w1, threshold), keeps_of_word(w3, threshold))
     keeps = tl.join(k02, k13)  # (counter of rows, counter of columns, half, bit 1, bit 0 of word)
     keeps = tl.reshape(keeps, [ROWS // 16, 8, COLUMNS // 32, 8, 2, 2, 2])
     keeps = tl.permute(keeps, [0, 4, 1, 2, 5, 6, 3])
@@ -134,7 +134,7 @@ def dropout_keeps_transposed(
 
 
 @triton.jit
-def _keeps_of_word(word, threshold):
+def keeps_of_word(word, threshold):
     """int8 (..., 2): rows r and r + 8."""
     low = (word & 0xFFFF).to(tl.int32) < threshold
     high = (word >> 16).to(tl.int32) < threshold
@@ -316,7 +316,7 @@ def rows_of_sequence(cu_seqlens, batch, seqlen, total, IS_VARLEN: tl.constexpr):
     seqlen: rows of each sequence, of the longest when lengths vary. total: rows in all, int64.
     batch: int64.
     """
-    begin = tl.zeros([], tl.int64)
+    begin = tl.cast(0, tl.int64)
     length = seqlen
     if IS_VARLEN:
         begin = clamped(tl.load(cu_seqlens + batch).to(tl.int64), total)

@@ -21,7 +21,7 @@ def keys_of_sequence(
     PAGED: tl.constexpr,
 ):
     """First row of the keys (int64, inside the pages when paged) and how many there are (int32)."""
-    begin = tl.zeros([], tl.int64)
+    begin = tl.cast(0, tl.int64)
     length = seqlen_k
     if VARLEN_K:
         if PAGED:  # rows are counted from the sequence's own start

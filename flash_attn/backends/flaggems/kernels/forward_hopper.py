@@ -1,0 +1,533 @@
+"""Attention forward for Hopper, in Gluon, the explicit form of Triton 3.6.
+
+The method is FlashAttention-3's (Shah et al., arXiv:2407.08608): one group of warps has the copy
+engine bring keys and values, two others have 64 rows each, and a group's product of scores runs
+while it computes the softmax of the block before. What a group of warps waits for, and where its
+numbers lie, is said here and not found by the compiler. Otherwise as forward.py, whose functions of
+masks and scores it shares, and which serves what this kernel does not: few rows, pages, parts of
+the keys, heads of two pieces.
+
+Keys are walked from the last block to the first, so that the blocks with a mask come first.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from flash_attn.backends.flaggems.kernels import common, rows
+
+LOG2E = common.LOG2E
+# The functions of the other kernels, compiled as Gluon.
+_all_visible_keys = gluon.jit(common.all_visible_keys.fn)
+_any_visible_keys = gluon.jit(common.any_visible_keys.fn)
+_clamped = gluon.jit(common.clamped.fn)
+_dropout_key = gluon.jit(common.dropout_key.fn)
+_keeps_of_word = gluon.jit(common.keeps_of_word.fn)
+_philox = gluon.jit(common.philox.fn)
+_rows_of_sequence = gluon.jit(common.rows_of_sequence.fn)
+_scores_in_log2 = gluon.jit(common.scores_in_log2.fn)
+_finish_rows = gluon.jit(rows.finish_rows.fn)
+_keys_of_sequence = gluon.jit(rows.keys_of_sequence.fn)
+
+# Rows of a group of four warps.
+GROUP = gl.constexpr(64)
+# Strides of operands are counted in units of so many elements, 16 bytes.
+UNIT = gl.constexpr(8)
+
+NO_SPECIALISATION = [
+    *("q_batch_stride", "q_row_stride", "q_head_stride"),
+    *("out_batch_stride", "out_row_stride", "out_head_stride"),
+    *("lse_batch_stride", "lse_head_stride"),
+    *("slopes_batch_stride", "slopes_head_stride", "s_aux_stride"),
+    *("batch", "num_heads", "group_size", "seqlen_q", "seqlen_k", "seqlen_new"),
+    *("total_q", "total_k", "cache_rows", "num_tiles", "window_left", "window_right"),
+    *("scale", "softcap", "dropout_threshold", "dropout_scale"),
+]
+
+
+@gluon.jit
+def _clear_rows(x, num_rows):
+    """Sets the rows from num_rows on to 0; by one warp."""
+    ROWS: gl.constexpr = 8
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [1, 1], [1, 0])
+    for i in gl.static_range(x.shape[0] // ROWS):
+        if num_rows < (i + 1) * ROWS:
+            part = x.slice(i * ROWS, ROWS)
+            row = i * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, layout))
+            part.store(gl.where((row < num_rows)[:, None], part.load(layout), 0.0))
+
+
+@gluon.jit
+def _bring(x, batch, head, row, tile, full):
+    """Has the copy engine bring rows of a head, and say so at the barrier `full`."""
+    mbarrier.expect(full, x.block_type.nbytes)
+    tma.async_copy_global_to_shared(x, [batch, head, row, 0], full, tile)
+
+
+@gluon.jit
+def _produce(
+    k,
+    v,
+    buffers,
+    batch,
+    head_k,
+    first,
+    num_keys,
+    last,
+    num_blocks,
+    HAS_END: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    """Brings the blocks of keys and values, from the last on, as their buffers become free.
+
+    HAS_END: there may be other rows behind the keys, whose values, which may be NaN, are cleared.
+    """
+    keys, values, keys_full, keys_free, values_full, values_free, cleared = buffers
+    for i in range(num_blocks):
+        stage = i % STAGES
+        phase = (i // STAGES) & 1
+        row = first + (last - i) * BLOCK_N
+        mbarrier.wait(keys_free.index(stage), phase ^ 1)
+        _bring(k, batch, head_k, row, keys.index(stage), keys_full.index(stage))
+        mbarrier.wait(values_free.index(stage), phase ^ 1)
+        if HAS_END:
+            if i == 0:
+                _bring(v, batch, head_k, row, values.index(0), cleared)
+                mbarrier.wait(cleared, 0)
+                _clear_rows(values.index(0), num_keys - last * BLOCK_N)
+                fence_async_shared()
+                mbarrier.arrive(values_full.index(0))
+            else:
+                _bring(v, batch, head_k, row, values.index(stage), values_full.index(stage))
+        else:
+            _bring(v, batch, head_k, row, values.index(stage), values_full.index(stage))
+
+
+@gluon.constexpr_function
+def _layout_of_counters(columns):
+    """Of a counter for every 2 rows and 4 columns: where the accumulator of a product has these."""
+    columns_of_thread = [[0, 1]] + [[0, 8 << i] for i in range((columns // 32).bit_length() - 1)]
+    lanes = [[0, 2], [0, 4], [1, 0], [2, 0], [4, 0]]
+    return gl.DistributedLinearLayout(
+        columns_of_thread, lanes, [[8, 0], [16, 0]], [], [32, columns // 4]
+    )
+
+
+@gluon.jit
+def _dropout_keeps(key0, key1, threshold, batch, head, row, column, COLUMNS: gl.constexpr):
+    """Which entries of (GROUP, COLUMNS) dropout keeps; as dropout_keeps of common.py."""
+    counters: gl.constexpr = _layout_of_counters(COLUMNS)
+    c0 = (row // 2 + gl.arange(0, GROUP // 2, gl.SliceLayout(1, counters))).to(gl.uint32)
+    c1 = (column // 4 + gl.arange(0, COLUMNS // 4, gl.SliceLayout(0, counters))).to(gl.uint32)
+    zero = gl.full([GROUP // 2, COLUMNS // 4], 0, gl.uint32, counters)
+    w0, w1, w2, w3 = _philox(
+        c0[:, None] + zero,
+        c1[None, :] + zero,
+        zero + head.to(gl.uint32),
+        zero + batch.to(gl.uint32),
+        key0,
+        key1,
+    )
+    k02 = gl.join(_keeps_of_word(w0, threshold), _keeps_of_word(w2, threshold))
+    k13 = gl.join(_keeps_of_word(w1, threshold), _keeps_of_word(w3, threshold))
+    keeps = gl.join(k02, k13)  # (counter of rows, counter of columns, half, bit 1, bit 0 of word)
+    keeps = gl.reshape(keeps, [GROUP // 16, 8, COLUMNS // 32, 8, 2, 2, 2])
+    keeps = gl.permute(keeps, [0, 4, 1, 2, 5, 6, 3])
+    return gl.reshape(keeps, [GROUP, COLUMNS]) != 0
+
+
+@gluon.jit
+def _probabilities(
+    score,
+    start,
+    top,
+    total,
+    query,
+    offset,
+    keys_begin,
+    keys_end,
+    scale,
+    softcap,
+    slope,
+    dropout,
+    row_begin,
+    MASKED: gl.constexpr,
+    HAS_LEFT: gl.constexpr,
+    HAS_SOFTCAP: gl.constexpr,
+    HAS_ALIBI: gl.constexpr,
+    HAS_DROPOUT: gl.constexpr,
+    TRANSFORMED: gl.constexpr,
+):
+    """Of a block of products: exp2(score - top), 0 where dropped, the rows' new top and total, and
+    the factor of what was summed before.
+    """
+    column = gl.arange(0, score.shape[1], gl.SliceLayout(0, score.type.layout))
+    if TRANSFORMED:
+        distance = ((query + offset - start)[:, None] - column[None, :]).to(gl.float32)
+        score = _scores_in_log2(score, distance, scale, softcap, slope, HAS_SOFTCAP, HAS_ALIBI)
+    if MASKED:
+        sees = column[None, :] < (keys_end - start)[:, None]
+        if HAS_LEFT:
+            sees = sees & (column[None, :] >= (keys_begin - start)[:, None])
+        score = gl.where(sees, score, float("-inf"))
+    # Without a transformation the products are scaled in the exponent.
+    if TRANSFORMED:
+        new_top = gl.maximum(top, gl.max(score, 1))
+        reference = gl.where(new_top == float("-inf"), 0.0, new_top)
+        p = gl.exp2(score - reference[:, None])
+    else:
+        new_top = gl.maximum(top, gl.max(score, 1) * scale)
+        reference = gl.where(new_top == float("-inf"), 0.0, new_top)
+        p = gl.exp2(score * scale - reference[:, None])
+    factor = gl.exp2(top - reference)
+    total = total * factor + gl.sum(p, 1)
+    if HAS_DROPOUT:
+        key0, key1, threshold, batch, head = dropout
+        keeps = _dropout_keeps(key0, key1, threshold, batch, head, row_begin, start, score.shape[1])
+        keeps = gl.convert_layout(keeps, score.type.layout, assert_trivial=True)
+        p = gl.where(keeps, p, 0.0)
+    return p, new_top, total, factor
+
+
+@gluon.jit
+def _consume(
+    queries,
+    buffers,
+    q,
+    out,
+    lse,
+    q_row_stride,
+    out_row_stride,
+    num_queries,
+    num_keys,
+    row_begin,
+    last,
+    num_behind,
+    num_until,
+    num_blocks,
+    window_left,
+    window_right,
+    scale,
+    softcap,
+    slope,
+    sink,
+    dropout,
+    dropout_scale,
+    HAS_LEFT: gl.constexpr,
+    HAS_RIGHT: gl.constexpr,
+    HAS_SOFTCAP: gl.constexpr,
+    HAS_ALIBI: gl.constexpr,
+    HAS_DROPOUT: gl.constexpr,
+    TRANSFORMED: gl.constexpr,
+    HEAD_DIM: gl.constexpr,
+    D0: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    """Attention of the GROUP rows from row_begin on. The blocks [num_behind, num_until) of the
+    num_blocks that arrive need no mask.
+    """
+    keys, values, keys_full, keys_free, values_full, values_free, _ = buffers
+    dtype: gl.constexpr = q.dtype.element_ty
+    of_scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
+    of_out: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D0, 16])
+    of_p: gl.constexpr = gl.DotOperandLayout(0, of_out, 2)
+    of_row: gl.constexpr = gl.SliceLayout(1, of_scores)
+    of_out_row: gl.constexpr = gl.SliceLayout(1, of_out)
+    lanes: gl.constexpr = D0 // 8
+    of_memory: gl.constexpr = gl.BlockedLayout([1, 8], [32 // lanes, lanes], [4, 1], [1, 0])
+
+    # Queries, by registers into shared memory.
+    row = row_begin + gl.arange(0, GROUP, gl.SliceLayout(1, of_memory))
+    d = gl.arange(0, D0, gl.SliceLayout(0, of_memory))
+    mask = row[:, None] < num_queries
+    if HEAD_DIM < D0:
+        mask = mask & (d[None, :] < HEAD_DIM)
+    address = q + row.to(gl.int64)[:, None] * q_row_stride + d[None, :]
+    queries.store(gl.load(address, mask=mask, other=0.0))
+    fence_async_shared()
+
+    query = row_begin + gl.arange(0, GROUP, of_row)
+    offset = num_keys - num_queries
+    # The keys that each row sees.
+    keys_begin = query
+    keys_end = gl.full([GROUP], 0, gl.int32, of_row) + num_keys
+    if HAS_LEFT:
+        keys_begin = query + offset - window_left
+    if HAS_RIGHT:
+        keys_end = gl.minimum(query + offset + window_right + 1, num_keys)
+    top = gl.full([GROUP], float("-inf"), gl.float32, of_row)
+    total = gl.full([GROUP], 0.0, gl.float32, of_row)
+    acc = gl.full([GROUP, D0], 0.0, gl.float32, of_out)
+    zeros = gl.full([GROUP, BLOCK_N], 0.0, gl.float32, of_scores)
+    if num_blocks > 0:
+        mbarrier.wait(keys_full.index(0), 0)
+        score = warpgroup_mma(queries, keys.index(0).permute((1, 0)), zeros, use_acc=False)
+        mbarrier.arrive(keys_free.index(0))
+        p, top, total, factor = _probabilities(
+            score, last * BLOCK_N, top, total, query, offset, keys_begin, keys_end,
+            scale, softcap, slope, dropout, row_begin,
+            True, HAS_LEFT, HAS_SOFTCAP, HAS_ALIBI, HAS_DROPOUT, TRANSFORMED,
+        )  # fmt: skip
+        # Blocks behind the keys that every row sees, these, and the blocks before them: the scores
+        # of one beside the output of the one before it, whose probabilities are carried as float32,
+        # since halves of registers would have to be put together again.
+        for part in gl.static_range(3):
+            if part < 2 or HAS_LEFT:
+                first = gl.maximum(0 if part == 0 else num_behind if part == 1 else num_until, 1)
+                end = num_behind if part == 0 else num_until if part == 1 else num_blocks
+                for i in range(first, end):
+                    stage = i % STAGES
+                    before = (i - 1) % STAGES
+                    operand = gl.convert_layout(p.to(dtype), of_p)
+                    mbarrier.wait(keys_full.index(stage), (i // STAGES) & 1)
+                    score = warpgroup_mma(
+                        queries, keys.index(stage).permute((1, 0)), zeros, use_acc=False,
+                        is_async=True,
+                    )  # fmt: skip
+                    mbarrier.wait(values_full.index(before), ((i - 1) // STAGES) & 1)
+                    acc = warpgroup_mma(operand, values.index(before), acc, is_async=True)
+                    score = warpgroup_mma_wait(1, deps=[score])
+                    mbarrier.arrive(keys_free.index(stage))
+                    p, top, total, factor = _probabilities(
+                        score, (last - i) * BLOCK_N, top, total, query, offset,
+                        keys_begin, keys_end, scale, softcap, slope, dropout, row_begin,
+                        part != 1, HAS_LEFT, HAS_SOFTCAP, HAS_ALIBI, HAS_DROPOUT, TRANSFORMED,
+                    )  # fmt: skip
+                    acc = warpgroup_mma_wait(0, deps=[acc])
+                    mbarrier.arrive(values_free.index(before))
+                    acc = acc * gl.convert_layout(factor, of_out_row)[:, None]
+        before = (num_blocks - 1) % STAGES
+        mbarrier.wait(values_full.index(before), ((num_blocks - 1) // STAGES) & 1)
+        acc = warpgroup_mma(gl.convert_layout(p.to(dtype), of_p), values.index(before), acc)
+
+    row_lse, factor = _finish_rows(top, total, gl.full([GROUP], 0.0, gl.float32, of_row) + sink)
+    if HAS_DROPOUT:
+        factor *= dropout_scale
+    gl.store(lse + query, row_lse, mask=query < num_queries)
+    acc = acc * gl.convert_layout(factor, of_out_row)[:, None]
+    queries.store(acc.to(dtype))
+    address = out + row.to(gl.int64)[:, None] * out_row_stride + d[None, :]
+    gl.store(address, queries.load(of_memory), mask=mask)
+
+
+@gluon.jit
+def _fill_unused_rows(
+    out,
+    lse,
+    sink,
+    cu_seqlens_q,
+    batch,
+    total_q,
+    index,
+    num_programs,
+    out_row_stride,
+    HEAD_DIM: gl.constexpr,
+    D0: gl.constexpr,
+):
+    """Rows of a head that belong to no sequence, as fill_unused_rows of rows.py. sink: -inf if none."""
+    ROWS: gl.constexpr = 16
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    d = gl.arange(0, D0, gl.SliceLayout(0, layout))
+    begin = _clamped(gl.load(cu_seqlens_q + batch).to(gl.int64), total_q)
+    for start in range(begin + index * ROWS, total_q, num_programs * ROWS):
+        row = start + gl.arange(0, ROWS, gl.SliceLayout(1, layout))
+        mask = (row[:, None] < total_q) & (d[None, :] < HEAD_DIM)
+        zeros = gl.full([ROWS, D0], 0.0, out.dtype.element_ty, layout)
+        gl.store(out + row[:, None] * out_row_stride + d[None, :], zeros, mask=mask)
+        value = gl.full([ROWS], 0.0, gl.float32, gl.SliceLayout(1, layout))
+        value += gl.where(sink == float("-inf"), float("inf"), sink)
+        gl.store(lse + row, value, mask=row < total_q)
+
+
+@gluon.jit(do_not_specialize=NO_SPECIALISATION)
+def attention_forward_hopper(
+    q,
+    k,  # tensor descriptors (b, h, s, d); (1, h, rows of all sequences, d)
+    v,
+    out,
+    lse,
+    cu_seqlens_q,
+    cu_seqlens_k,
+    seqused_k,
+    leftpad_k,
+    cache_batch_idx,
+    alibi_slopes,
+    s_aux,
+    rng_state,
+    q_batch_stride: gl.int64,
+    q_row_stride: gl.int64,
+    q_head_stride: gl.int64,
+    out_batch_stride: gl.int64,
+    out_row_stride: gl.int64,
+    out_head_stride: gl.int64,
+    lse_batch_stride: gl.int64,  # in elements, as are those below
+    lse_head_stride: gl.int64,
+    slopes_batch_stride: gl.int64,
+    slopes_head_stride: gl.int64,
+    s_aux_stride: gl.int64,
+    batch: gl.int32,
+    num_heads: gl.int32,
+    group_size: gl.int32,
+    seqlen_q: gl.int32,
+    seqlen_k: gl.int32,
+    seqlen_new: gl.int32,
+    total_q: gl.int64,
+    total_k: gl.int64,
+    cache_rows: gl.int32,
+    num_tiles: gl.int32,
+    window_left: gl.int32,
+    window_right: gl.int32,
+    scale: gl.float32,  # of products, as scores_in_log2 takes it
+    softcap: gl.float32,  # in log2
+    dropout_threshold: gl.int32,
+    dropout_scale: gl.float32,
+    VARLEN_Q: gl.constexpr,
+    VARLEN_K: gl.constexpr,
+    HAS_SEQUSED: gl.constexpr,
+    HAS_LEFTPAD: gl.constexpr,
+    HAS_BATCH_IDX: gl.constexpr,
+    HAS_LEFT: gl.constexpr,
+    HAS_RIGHT: gl.constexpr,
+    HAS_SOFTCAP: gl.constexpr,
+    HAS_ALIBI: gl.constexpr,
+    HAS_SINK: gl.constexpr,
+    HAS_DROPOUT: gl.constexpr,
+    TRANSFORMED: gl.constexpr,  # softcap, ALiBi, or a scale that is not positive
+    HEAD_DIM: gl.constexpr,
+    D0: gl.constexpr,
+    BLOCK_M: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    """One program for each tile of 2 * GROUP rows, head, sequence, ordered as attention_forward."""
+    program = gl.program_id(0)
+    tile = num_tiles - 1 - program % num_tiles
+    program = program // num_tiles
+    head = (program % num_heads).to(gl.int64)
+    sequence = (program // num_heads).to(gl.int64)
+    head_k = head // group_size
+    q_begin, num_queries = _rows_of_sequence(cu_seqlens_q, sequence, seqlen_q, total_q, VARLEN_Q)
+    first, num_keys = _keys_of_sequence(
+        cu_seqlens_k, seqused_k, leftpad_k, sequence, seqlen_k, total_k, seqlen_new,
+        VARLEN_K, HAS_SEQUSED, HAS_LEFTPAD, False,
+    )  # fmt: skip
+    offset = num_keys - num_queries
+    row_begin = tile * BLOCK_M
+    row_end = gl.minimum(row_begin + BLOCK_M, num_queries)
+
+    sink = float("-inf")
+    if HAS_SINK:
+        sink = gl.load(s_aux + head * s_aux_stride)
+    out_row_stride *= UNIT
+    out += sequence * (out_batch_stride * UNIT) + head * (out_head_stride * UNIT)
+    lse += sequence * lse_batch_stride + head * lse_head_stride
+    if VARLEN_Q:
+        _fill_unused_rows(
+            out, lse, sink, cu_seqlens_q, batch, total_q,
+            sequence * num_tiles + tile, batch.to(gl.int64) * num_tiles, out_row_stride,
+            HEAD_DIM, D0,
+        )  # fmt: skip
+    if row_begin >= num_queries:
+        return
+    q += sequence * (q_batch_stride * UNIT) + head * (q_head_stride * UNIT)
+    q += q_begin * (q_row_stride * UNIT)
+    out += q_begin * out_row_stride
+    lse += q_begin
+
+    # In blocks: of those that any row sees, [begin, end), [whole_begin, whole_end) need no mask.
+    begin, end = _any_visible_keys(
+        row_begin, row_end, offset, num_keys, window_left, window_right, HAS_LEFT, HAS_RIGHT
+    )
+    whole_begin, whole_end = _all_visible_keys(
+        row_begin, row_end, offset, num_keys, window_left, window_right, HAS_LEFT, HAS_RIGHT
+    )
+    begin = begin // BLOCK_N
+    end = gl.maximum(gl.cdiv(end, BLOCK_N), begin)
+    whole_begin = gl.minimum(gl.maximum(gl.cdiv(whole_begin, BLOCK_N), begin), end)
+    whole_end = gl.maximum(gl.minimum(whole_end // BLOCK_N, end), whole_begin)
+
+    batch_k = sequence.to(gl.int32)
+    if VARLEN_K:
+        batch_k = 0
+    if HAS_BATCH_IDX:
+        batch_k = _clamped(gl.load(cache_batch_idx + sequence), cache_rows - 1)
+    slope = 0.0
+    if HAS_ALIBI:
+        slopes = alibi_slopes + sequence * slopes_batch_stride + head * slopes_head_stride
+        slope = gl.load(slopes) * LOG2E
+    dropout = (0, 0, 0, 0, 0)
+    if HAS_DROPOUT:
+        key0, key1 = _dropout_key(rng_state)
+        dropout = (key0, key1, dropout_threshold, sequence, head)
+
+    dtype: gl.constexpr = q.dtype.element_ty
+    of_queries: gl.constexpr = gl.NVMMASharedLayout.get_default_for([GROUP, D0], dtype)
+    of_keys: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_N, D0], dtype)
+    of_barriers: gl.constexpr = mbarrier.MBarrierLayout()
+    queries0 = gl.allocate_shared_memory(dtype, [GROUP, D0], of_queries)
+    queries1 = gl.allocate_shared_memory(dtype, [GROUP, D0], of_queries)
+    keys = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, D0], of_keys)
+    values = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, D0], of_keys)
+    keys_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], of_barriers)
+    keys_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], of_barriers)
+    values_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], of_barriers)
+    values_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], of_barriers)
+    cleared = gl.allocate_shared_memory(gl.int64, [1], of_barriers)
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(keys_full.index(stage), count=1)
+        mbarrier.init(keys_free.index(stage), count=2)
+        mbarrier.init(values_full.index(stage), count=1)
+        mbarrier.init(values_free.index(stage), count=2)
+    mbarrier.init(cleared, count=1)
+    fence_async_shared()
+
+    buffers = (keys, values, keys_full, keys_free, values_full, values_free, cleared)
+    gl.warp_specialize(
+        [
+            (
+                _consume,
+                (
+                    queries0, buffers, q, out, lse, q_row_stride * UNIT, out_row_stride,
+                    num_queries, num_keys, row_begin, end - 1,
+                    end - whole_end, end - whole_begin, end - begin, window_left, window_right,
+                    scale, softcap, slope, sink * LOG2E, dropout, dropout_scale,
+                    HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_ALIBI, HAS_DROPOUT, TRANSFORMED,
+                    HEAD_DIM, D0, BLOCK_N, STAGES,
+                ),
+            ),
+            (
+                _consume,
+                (
+                    queries1, buffers, q, out, lse, q_row_stride * UNIT, out_row_stride,
+                    num_queries, num_keys, row_begin + GROUP, end - 1,
+                    end - whole_end, end - whole_begin, end - begin, window_left, window_right,
+                    scale, softcap, slope, sink * LOG2E, dropout, dropout_scale,
+                    HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_ALIBI, HAS_DROPOUT, TRANSFORMED,
+                    HEAD_DIM, D0, BLOCK_N, STAGES,
+                ),
+            ),
+            (
+                _produce,
+                (
+                    k, v, buffers, batch_k, head_k.to(gl.int32), first.to(gl.int32), num_keys,
+                    end - 1, end - begin, VARLEN_K or HAS_SEQUSED, BLOCK_N, STAGES,
+                ),
+            ),
+        ],
+        [4, 1],
+        [240, 24],
+    )  # fmt: skip
+    for stage in gl.static_range(STAGES):
+        mbarrier.invalidate(keys_full.index(stage))
+        mbarrier.invalidate(keys_free.index(stage))
+        mbarrier.invalidate(values_full.index(stage))
+        mbarrier.invalidate(values_free.index(stage))
+    mbarrier.invalidate(cleared)
