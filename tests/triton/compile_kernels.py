@@ -27,7 +27,6 @@ sys.path[:0] = [str(HERE), str(HERE.parents[1])]
 import torch  # noqa: E402
 import triton  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.compiler import ASTSource  # noqa: E402
 from uniform_registers import unset  # noqa: E402
 
 from flash_attn.backends import Options, Sequences, flaggems  # noqa: E402

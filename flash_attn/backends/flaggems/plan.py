@@ -98,6 +98,12 @@ class Call(NamedTuple):
     has_leftpad: bool
     has_batch_idx: bool
 
+    @property
+    def is_dense(self) -> bool:
+        """Whether sequences have all rows of their tensors, in order."""
+        varlen = self.varlen_q or self.varlen_k
+        return not (varlen or self.has_seqused or self.has_leftpad or self.has_batch_idx)
+
 
 class Plan(NamedTuple):
     """What to launch for a call.
@@ -150,12 +156,11 @@ def plan_splits(num_items: int, num_keys: int, num_units: int, block_n: int) -> 
     return best
 
 
-def _has_described_keys(call: Call, head_is_whole: bool) -> bool:
+def _has_described_keys(call: Call) -> bool:
     """Whether tensor descriptors can be made of keys and values, and are worth it."""
     return (
         tiles.has_descriptors(call.capability)
         and call.aligned
-        and head_is_whole
         and call.seqlen_k >= LEAST_DESCRIBED_KEYS
         and call.table_stride is None
         and is_describable(call.k_shape, call.k_strides)
@@ -197,16 +202,13 @@ def plan_forward(call: Call) -> Plan:
         tile = tiles.for_unit(unit, call.capability, tile)
     has_slopes, has_sink = call.slopes_strides is not None, call.s_aux_stride is not None
     softcap, scale = call.softcap, call.softmax_scale
-    described = not few and _has_described_keys(call, d1 == 0)
-    hopper = (
-        described and tiles.has_gluon(call.capability) and d0 in tiles.HEADS_OF_HOPPER and unit == 8
-    )
+    described = not few and _has_described_keys(call)
+    hopper = described and unit == 8 and head_dim > 32 and tiles.has_gluon(call.capability)
     if hopper:
+        d0, d1 = max(64, 1 << (head_dim - 1).bit_length()), 0
         tile = tiles.forward_hopper(d0)
-    elif call.varlen_q or call.varlen_k or call.has_seqused or call.has_leftpad:
-        described = False
-    elif call.has_batch_idx:
-        described = False
+    else:
+        described = described and d1 == 0 and call.is_dense
     heads = call.k_shape[-2] if packed else num_heads
     num_tiles = -(-rows // tile.block_m)
     splits = 1

@@ -57,7 +57,6 @@ _FORWARD_HOPPER = (
     (128, Tile(128, 128, 4, 2)),
     (256, Tile(128, 64, 4, 2)),
 )
-HEADS_OF_HOPPER = (64, 128, 256)
 
 
 def family(capability: int) -> int:
