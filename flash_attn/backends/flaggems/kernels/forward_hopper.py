@@ -15,12 +15,19 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 
 from flash_attn.backends.flaggems.kernels import common, rows
+from flash_attn.backends.flaggems.kernels.hopper import (
+    GROUP,
+    UNIT,
+    bring,
+    clear_rows,
+    load_tile,
+    store_tile,
+)
 
 LOG2E = common.LOG2E
 # The functions of the other kernels, compiled as Gluon.
@@ -35,11 +42,6 @@ _scores_in_log2 = gluon.jit(common.scores_in_log2.fn)
 _finish_rows = gluon.jit(rows.finish_rows.fn)
 _keys_of_sequence = gluon.jit(rows.keys_of_sequence.fn)
 
-# Rows of a group of four warps.
-GROUP = gl.constexpr(64)
-# Strides of operands are counted in units of so many elements, 16 bytes.
-UNIT = gl.constexpr(8)
-
 NO_SPECIALISATION = [
     *("q_batch_stride", "q_row_stride", "q_head_stride"),
     *("out_batch_stride", "out_row_stride", "out_head_stride"),
@@ -49,25 +51,6 @@ NO_SPECIALISATION = [
     *("total_q", "total_k", "cache_rows", "num_tiles", "window_left", "window_right"),
     *("scale", "softcap", "dropout_threshold", "dropout_scale"),
 ]
-
-
-@gluon.jit
-def _clear_rows(x, num_rows):
-    """Sets the rows from num_rows on to 0; by one warp."""
-    ROWS: gl.constexpr = 8
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [1, 1], [1, 0])
-    for i in gl.static_range(x.shape[0] // ROWS):
-        if num_rows < (i + 1) * ROWS:
-            part = x.slice(i * ROWS, ROWS)
-            row = i * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, layout))
-            part.store(gl.where((row < num_rows)[:, None], part.load(layout), 0.0))
-
-
-@gluon.jit
-def _bring(x, batch, head, row, tile, full):
-    """Has the copy engine bring rows of a head, and say so at the barrier `full`."""
-    mbarrier.expect(full, x.block_type.nbytes)
-    tma.async_copy_global_to_shared(x, [batch, head, row, 0], full, tile)
 
 
 @gluon.jit
@@ -88,19 +71,19 @@ def _produce(
         phase = (i // STAGES) & 1
         row = first + (last - i) * BLOCK_N
         mbarrier.wait(keys_free.index(stage), phase ^ 1)
-        _bring(k, batch, head_k, row, keys.index(stage), keys_full.index(stage))
+        mbarrier.expect(keys_full.index(stage), k.block_type.nbytes)
+        bring(k, batch, head_k, row, keys.index(stage), keys_full.index(stage))
         mbarrier.wait(values_free.index(stage), phase ^ 1)
-        if HAS_END:
-            if i == 0:
-                _bring(v, batch, head_k, row, values.index(0), cleared)
-                mbarrier.wait(cleared, 0)
-                _clear_rows(values.index(0), num_keys - last * BLOCK_N)
-                fence_async_shared()
-                mbarrier.arrive(values_full.index(0))
-            else:
-                _bring(v, batch, head_k, row, values.index(stage), values_full.index(stage))
+        if HAS_END and i == 0:
+            mbarrier.expect(cleared, v.block_type.nbytes)
+            bring(v, batch, head_k, row, values.index(0), cleared)
+            mbarrier.wait(cleared, 0)
+            clear_rows(values.index(0), 0, num_keys - last * BLOCK_N)
+            fence_async_shared()
+            mbarrier.arrive(values_full.index(0))
         else:
-            _bring(v, batch, head_k, row, values.index(stage), values_full.index(stage))
+            mbarrier.expect(values_full.index(stage), v.block_type.nbytes)
+            bring(v, batch, head_k, row, values.index(stage), values_full.index(stage))
 
 
 @gluon.constexpr_function
@@ -230,19 +213,9 @@ def _consume(
     of_p: gl.constexpr = gl.DotOperandLayout(0, of_out, 2)
     of_row: gl.constexpr = gl.SliceLayout(1, of_scores)
     of_out_row: gl.constexpr = gl.SliceLayout(1, of_out)
-    lanes: gl.constexpr = D0 // 8
-    of_memory: gl.constexpr = gl.BlockedLayout([1, 8], [32 // lanes, lanes], [4, 1], [1, 0])
 
-    # Queries, by registers into shared memory.
-    row = row_begin + gl.arange(0, GROUP, gl.SliceLayout(1, of_memory))
-    d = gl.arange(0, D0, gl.SliceLayout(0, of_memory))
-    mask = row[:, None] < num_queries
-    if HEAD_DIM < D0:
-        mask = mask & (d[None, :] < HEAD_DIM)
-    address = q + row.to(gl.int64)[:, None] * q_row_stride + d[None, :]
-    queries.store(gl.load(address, mask=mask, other=0.0))
-    fence_async_shared()
-
+    q += row_begin.to(gl.int64) * q_row_stride
+    load_tile(queries, q, q_row_stride, 0, num_queries - row_begin, HEAD_DIM)
     query = row_begin + gl.arange(0, GROUP, of_row)
     offset = num_keys - num_queries
     # The keys that each row sees.
@@ -306,9 +279,8 @@ def _consume(
         factor *= dropout_scale
     gl.store(lse + query, row_lse, mask=query < num_queries)
     acc = acc * gl.convert_layout(factor, of_out_row)[:, None]
-    queries.store(acc.to(dtype))
-    address = out + row.to(gl.int64)[:, None] * out_row_stride + d[None, :]
-    gl.store(address, queries.load(of_memory), mask=mask)
+    out += row_begin.to(gl.int64) * out_row_stride
+    store_tile(out, out_row_stride, acc.to(dtype), queries, num_queries - row_begin, HEAD_DIM)
 
 
 @gluon.jit
