@@ -7,7 +7,7 @@ of four warps with GROUP rows each, and a warp that has the copy engine bring wh
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, tma
 
 # Rows of a group of four warps.
 GROUP = gl.constexpr(64)
