@@ -34,7 +34,7 @@ import gpu_timing
 from tune_backward import Problem
 
 import flash_attn
-from flash_attn.backends.flaggems import attention, plan, tiles
+from flash_attn.backends.flaggems import attention, gradients, plan, plan_backward, tiles
 
 VARIANTS = {
     "forward": {
@@ -72,9 +72,9 @@ FUNCTIONS = {"forward": "forward", "dkdv": "backward_dkdv", "dq": "backward_dq"}
 
 
 @functools.cache
-def planner(variant):
-    """The planner of forward calls with a memory of its own: it remembers tiles with its plans."""
-    return functools.lru_cache(plan.plan_forward.__wrapped__)
+def planner(function, variant):
+    """A planner with a memory of its own for a variant: it remembers tiles with its plans."""
+    return functools.lru_cache(function.__wrapped__)
 
 
 @contextlib.contextmanager
@@ -94,8 +94,10 @@ def chosen(kernel, variant):
         if kernel == "forward":
             replace("forward_hopper", tile)
             replace("has_gluon", "hopper" in words)
-            patch = mock.patch.object(attention, "plan_forward", planner(variant))
-            stack.enter_context(patch)
+            plans = attention, "plan_forward", planner(plan.plan_forward, variant)
+        else:
+            plans = gradients, "plan_backward", planner(plan_backward.plan_backward, variant)
+        stack.enter_context(mock.patch.object(*plans))
         if "pointers" in words:
             replace("has_descriptors", False)
         yield

@@ -96,6 +96,42 @@ def test_a_captured_graph_replays():
     assert torch.equal(out, expected)
 
 
+@pytest.mark.parametrize("seqlen", (64, 1024))  # of the longer one keys have descriptors
+def test_the_driver_launches_what_triton_does(monkeypatch, seqlen):
+    from flash_attn.backends.flaggems import driver_launch, launch, plan, plan_backward
+
+    def results():
+        launch._launch_of.cache_clear()
+        plan.plan_forward.cache_clear()
+        plan_backward.plan_backward.cache_clear()
+        for _ in range(3):  # compiled, found, and kept
+            inputs = [x.clone().requires_grad_() for x in leaves]
+            out = ours(*inputs, causal=True)
+            gradients = torch.autograd.grad(out, inputs, dout)
+        return out, *gradients
+
+    leaves = tensors(seqlen, seqlen)
+    dout = torch.randn_like(leaves[0])
+    monkeypatch.setattr(launch, "_compiled", {})
+    own_results = results()
+    assert all(compiled.function is not None for compiled in launch._compiled.values())
+    monkeypatch.setattr(launch, "_compiled", {})
+    monkeypatch.setattr(driver_launch, "function_of", lambda compiled: None)
+    for x, y in zip(own_results, results(), strict=True):
+        assert torch.equal(x, y)
+
+
+def test_hooks_of_launches_are_called(monkeypatch):
+    from triton import knobs
+
+    q, k, v = tensors(64, 64)
+    expected = [ours(q, k, v) for _ in range(3)][-1]
+    called = []
+    monkeypatch.setattr(knobs.runtime, "launch_enter_hook", called.append)
+    assert torch.equal(ours(q, k, v), expected)
+    assert len(called) == 1
+
+
 def test_compiles_as_a_whole():
     q, k, v = (x.requires_grad_() for x in tensors(64, 64))
     with use_backend("flaggems"):
@@ -127,7 +163,7 @@ OPTIONS = {
 @pytest.mark.parametrize("head_dim", (56, 64, 128, 248))
 @pytest.mark.parametrize("name", OPTIONS)
 def test_the_kernel_of_hopper_agrees_with_the_other(monkeypatch, name, head_dim, varlen):
-    from flash_attn.backends.flaggems import attention, plan, tiles
+    from flash_attn.backends.flaggems import launch, plan, tiles
 
     q, k, v = tensors(700, 900, 6, head_dim)
     k, v = k[:, :, :2], v[:, :, :2]
@@ -146,8 +182,10 @@ def test_the_kernel_of_hopper_agrees_with_the_other(monkeypatch, name, head_dim,
                 return flash_attn.flash_attn_varlen_func(*arguments, **options)[:2]
             return flash_attn.flash_attn_func(q, k, v, **options)[:2]
 
-    made, used, run = [], [], attention.launch
-    monkeypatch.setattr(attention, "launch", lambda *x: used.append(x[0].__name__) or run(*x))
+    made, used, run = [], [], launch.Launch.__call__
+    monkeypatch.setattr(
+        launch.Launch, "__call__", lambda x, *y: used.append(x.kernel.__name__) or run(x, *y)
+    )
     for serves in (True, False):
         if not serves:
             monkeypatch.setattr(tiles, "has_gluon", lambda capability: False)

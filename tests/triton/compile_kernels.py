@@ -3,7 +3,8 @@
 Calls of every kind are made on CPU tensors, with a runtime that compiles kernels for the wanted
 architecture where the real one would launch them. Prints a line of JSON for each kernel: its name,
 the flags that are on, its tile, registers, bytes of stack (spilled registers are there) and of
-shared memory, instructions that read what was never written (uniform_registers.py), and seconds.
+shared memory, instructions that read what was never written (uniform_registers.py), whether its
+parameters are those that driver_launch.py packs, and seconds.
 Not under TRITON_INTERPRET.
 
   python tests/triton/compile_kernels.py --arch 90 --jobs 2
@@ -31,8 +32,16 @@ from uniform_registers import unset  # noqa: E402
 
 from flash_attn.backends import Options, Sequences, flaggems  # noqa: E402
 from flash_attn.backends.flaggems import runtime  # noqa: E402
+from flash_attn.backends.flaggems.driver_launch import layout_of  # noqa: E402
 
 BF16 = torch.bfloat16
+
+
+def sizes(ptx):
+    """Bytes of each parameter of a kernel, from its declaration."""
+    declaration = ptx[ptx.index(".entry") : ptx.index("{", ptx.index(".entry"))]
+    parameter = r"\.param (?:\.align \d+ )?\.[bfsu](\d+)(?: \.ptr .*)? \w+?(?:\[(\d+)\])?[,\n]"
+    return [int(bits) // 8 * int(count or 1) for bits, count in re.findall(parameter, declaration)]
 
 
 class Driver:
@@ -85,6 +94,8 @@ class Launch:
             "stack": stack,
             "shared": compiled.metadata.shared,
             "unset": unset(sass),
+            "as_laid_out": [size for _, size in layout_of(self.signature.values()).places]
+            == sizes(compiled.asm["ptx"]),
             "seconds": round(seconds, 2),
         }
 

@@ -24,7 +24,7 @@ import triton.runtime.interpreter  # noqa: E402
 
 from flash_attn import backends  # noqa: E402
 from flash_attn.backends import flaggems  # noqa: E402
-from flash_attn.backends.flaggems import runtime, tiles  # noqa: E402
+from flash_attn.backends.flaggems import plan, plan_backward, runtime, tiles  # noqa: E402
 
 torch.set_num_threads(1)
 numpy.seterr(all="ignore")  # -inf and NaN are numbers like others here
@@ -74,8 +74,10 @@ def _interpreted_backend():
 
 @pytest.fixture(autouse=True)
 def _seed_and_small_tiles(monkeypatch):
-    """Tiles of which small shapes have several."""
+    """Tiles of which small shapes have several; plans of other tiles are forgotten."""
     torch.manual_seed(0)
+    plan.plan_forward.cache_clear()
+    plan_backward.plan_backward.cache_clear()
     few_rows = tiles.few_rows
     monkeypatch.setattr(tiles, "forward", lambda *_: tiles.Tile(32, 32, 4, 1))
     monkeypatch.setattr(tiles, "few_rows", lambda *x: few_rows(*x)._replace(block_n=32))

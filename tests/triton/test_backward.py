@@ -19,7 +19,7 @@ from checks import (
 
 import flash_attn
 from flash_attn.backends import Options, Sequences, flaggems
-from flash_attn.backends.flaggems import check, gradients, runtime, tiles
+from flash_attn.backends.flaggems import check, launch, plan_backward, runtime, tiles
 
 FEATURES = {
     "dtype": (FP32, FP16),
@@ -86,9 +86,9 @@ def test_on_hopper(case, monkeypatch):
     monkeypatch.setattr(runtime._runtime, "capability", lambda device: 90)
     monkeypatch.setattr(tiles, "backward_dkdv", lambda *_: tiles.Tile(64, 64, 8, 2))
     described = []
-    make = gradients.descriptor
-    monkeypatch.setattr(gradients, "descriptor", lambda *x: described.append(x) or make(*x))
-    monkeypatch.setattr(gradients, "_LEAST_DESCRIBED_ROWS", 1)
+    make = launch.descriptor
+    monkeypatch.setattr(launch, "descriptor", lambda *x: described.append(x) or make(*x))
+    monkeypatch.setattr(plan_backward, "LEAST_DESCRIBED_ROWS", 1)
     check_backward(case)
     assert bool(described) == (not case.causal or case.sq <= case.sk)
 
@@ -190,7 +190,7 @@ def test_rows_of_a_sequence_that_see_nothing_may_hold_anything():
 def test_rows_that_see_nothing_may_hold_anything(described, monkeypatch):
     """NaN in rows of q and dout that see no key reaches nothing."""
     monkeypatch.setattr(runtime._runtime, "capability", lambda device: 90 if described else 0)
-    monkeypatch.setattr(gradients, "_LEAST_DESCRIBED_ROWS", 1)
+    monkeypatch.setattr(plan_backward, "LEAST_DESCRIBED_ROWS", 1)
     q, k, v = (torch.randn(1, n, 1, 16) for n in (70, 40, 40))
     q[:, :30] = math.nan
     options = Options(0.25, True)
@@ -225,7 +225,8 @@ def test_programs_visit_every_tile_once():
     _, expected = _gradients((q, k, v), None, options)
     for size in (1, 11_000):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(gradients, "_CACHE_BYTES", size)
+            plan_backward.plan_backward.cache_clear()
+            patch.setattr(plan_backward, "_CACHE_BYTES", size)
             torch.manual_seed(1)
             _, results = _gradients((q, k, v), None, options)
         assert all(map(torch.equal, results, expected))

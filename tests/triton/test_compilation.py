@@ -37,6 +37,7 @@ def test_kernels_compile_and_fit(arch):
         assert report["shared"] <= SHARED[arch], report
         assert report["stack"] <= MAX_STACK, report
         assert not report["unset"], report
+        assert report["as_laid_out"], report
 
 
 # One path to the product writes UR4 and UR5, the other jumps over that.

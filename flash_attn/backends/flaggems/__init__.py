@@ -7,6 +7,10 @@ launch our kernels. FlagGems and Triton are imported by the first call.
 
 from __future__ import annotations
 
+import functools
+import importlib
+from types import ModuleType
+
 import torch
 from torch import Tensor, empty_like
 
@@ -27,13 +31,21 @@ def _runtime_of(x: Tensor) -> runtime.Runtime:
 
 def _row_vector(q: Tensor, variable_length: bool) -> Tensor:
     """An uninitialised float32 for each query row: (b, h, sq), or (h, tq) for variable length."""
-    expected = ("total_q",) if variable_length else ("batch_size", "seqlen_q")
-    if q.dim() != len(expected) + 2:
-        names = ", ".join((*expected, "num_heads", "head_dim"))
-        raise RuntimeError(f"q must have shape ({names}), but got {tuple(q.shape)}")
-    rows, (num_heads, _) = q.shape[:-2], q.shape[-2:]
-    shape = (*rows[:-1], num_heads, rows[-1])
-    return torch.empty(shape, dtype=torch.float32, device=q.device)
+    shape = q.shape
+    if len(shape) != (3 if variable_length else 4):
+        rows = "total_q" if variable_length else "batch_size, seqlen_q"
+        raise RuntimeError(f"q must have shape ({rows}, num_heads, head_dim), but got {(*shape,)}")
+    if variable_length:
+        total_q, num_heads, _ = shape
+        return q.new_empty((num_heads, total_q), dtype=torch.float32)
+    batch, seqlen_q, num_heads, _ = shape
+    return q.new_empty((batch, num_heads, seqlen_q), dtype=torch.float32)
+
+
+@functools.cache
+def _kernels_of(module: str) -> ModuleType:
+    """A module that imports Triton, which the runtime is to have found: attention, for instance."""
+    return importlib.import_module(f"flash_attn.backends.flaggems.{module}")
 
 
 def plain_forward(
@@ -76,9 +88,7 @@ def forward(
     inference = out is None and not return_lse
     if own_operator.serves(where, q, k, v, options, sequences is None, inference):
         return own_operator.forward(where, q, k, v, options), None, None
-    from flash_attn.backends.flaggems import attention
-
-    attention.forward(q, k, v, result, softmax_lse, options, sequences, s_dmask)
+    _kernels_of("attention").forward(q, k, v, result, softmax_lse, options, sequences, s_dmask)
     return result, softmax_lse if return_lse else None, s_dmask
 
 
@@ -116,9 +126,7 @@ def backward(
         dsoftmax_lse,
         ds_aux,
     )
-    from flash_attn.backends.flaggems import gradients
-
-    return gradients.backward(
+    return _kernels_of("gradients").backward(
         dout,
         q,
         k,
@@ -176,8 +184,7 @@ def kvcache(
         block_table,
         num_splits,
     )
-    from flash_attn.backends.flaggems import attention, embedding
-
+    attention, embedding = _kernels_of("attention"), _kernels_of("embedding")
     if k is not None:
         embedding.append(
             k,
@@ -229,7 +236,5 @@ def rotary(
         out = empty_like(x)
     rows = (seqlen_offsets, cu_seqlens, max_seqlen or 0, interleaved, conjugate)
     check.rotary(x, out, cos, sin, *rows)
-    from flash_attn.backends.flaggems import embedding
-
-    embedding.rotate(x, out, cos, sin, *rows)
+    _kernels_of("embedding").rotate(x, out, cos, sin, *rows)
     return out

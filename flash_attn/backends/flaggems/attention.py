@@ -7,10 +7,8 @@ from typing import NamedTuple
 from torch import Tensor
 
 from flash_attn.backends.flaggems import runtime, tiles
-from flash_attn.backends.flaggems.kernels.combine import combine_parts
-from flash_attn.backends.flaggems.kernels.forward import attention_forward
 from flash_attn.backends.flaggems.kernels.s_dmask import write_s_dmask
-from flash_attn.backends.flaggems.launch import descriptor, launch
+from flash_attn.backends.flaggems.launch import launch
 from flash_attn.backends.flaggems.plan import Call, Plan, plan_forward
 from flash_attn.backends.interface import Options, Sequences
 
@@ -97,6 +95,7 @@ def attend(
         Call(
             where.capability(device),
             where.num_units(device),
+            q.dtype,
             q.shape,
             k.shape,
             q.stride(),
@@ -127,36 +126,19 @@ def attend(
         )
     )
     partial_out = partial_lse = None
-    if plan.num_splits > 1:
+    if plan.combine is not None:
         partial_out = softmax_lse.new_empty((plan.num_splits, plan.rows, q.shape[-1]))
         partial_lse = softmax_lse.new_empty((plan.num_splits, plan.rows))
     optional = (
         *(cu_seqlens_q, cu_seqlens_k, seqused, leftpad, batch_idx, block_table),
         *(slopes, s_aux, rng_state),
     )
-    keys_of_kernel = k, v
-    if plan.described:
-        columns = plan.constants["D0"]
-        keys_of_kernel = (descriptor(x, plan.tile.block_n, columns, plan.hopper) for x in (k, v))
-    if plan.hopper:
-        from flash_attn.backends.flaggems.kernels.forward_hopper import attention_forward_hopper
-
-        kernel = attention_forward_hopper
-        tensors = (q, *keys_of_kernel, out, softmax_lse, *optional[:5], *optional[6:])
+    if plan.hopper:  # neither parts nor pages
+        plan.attend(device, q, k, v, out, softmax_lse, *optional[:5], *optional[6:])
     else:
-        kernel = attention_forward
-        tensors = (q, *keys_of_kernel, out, softmax_lse, partial_out, partial_lse, *optional)
-    launch(kernel, plan.programs, device, (*tensors, *plan.numbers), plan.constants, plan.tile)
-    if plan.num_splits > 1:
-        parts = (partial_out, partial_lse, out, softmax_lse, cu_seqlens_q, s_aux)
-        launch(
-            combine_parts,
-            plan.rows,
-            device,
-            (*parts, *plan.combine_numbers),
-            plan.combine_constants,
-            tiles.COMBINE,
-        )
+        plan.attend(device, q, k, v, out, softmax_lse, partial_out, partial_lse, *optional)
+    if plan.combine is not None:
+        plan.combine(device, partial_out, partial_lse, out, softmax_lse, cu_seqlens_q, s_aux)
     if s_dmask is not None:
         _write_s_dmask(q, k, s_dmask, optional, plan)
 

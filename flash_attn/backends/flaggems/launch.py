@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import operator
 from typing import Any
 
 import torch
@@ -139,39 +140,125 @@ def check_lengths(*lengths: int) -> None:
         )
 
 
-class Constants(dict[str, Any]):
-    """A kernel's constexpr parameters, to be kept: what they are known by is made once."""
+class _Compiled:
+    """A kernel that Triton has compiled for an NVIDIA GPU.
 
-    @functools.cached_property
-    def key(self) -> str:
-        return repr(self)
-
-
-# Kernels that Triton has compiled on NVIDIA GPUs, by all that it specialises on, and the values of
-# their constants. Its own search for one takes longer than the rest of a small call.
-_compiled: dict[tuple, tuple[Any, tuple]] = {}
-
-
-def _pointers(arguments: tuple) -> tuple[list, list]:
-    """Of the arguments before the numbers: what a kernel is specialised on, and addresses.
-
-    The launcher takes an address as it is, and asks the driver whose memory a tensor's is.
+    Attributes:
+        run: Triton's launcher of it, which takes a grid first.
+        constants: values of its constexpr parameters, which that takes behind the others.
+        function: for the CUDA driver, or None.
     """
-    kinds, addresses = [], []
-    for x in arguments:
-        if x is None:
-            kinds.append(None)
-            addresses.append(None)
-        elif isinstance(x, Tensor):
-            address = x.data_ptr()
-            kinds.append(x.dtype if address % 16 == 0 else (x.dtype,))
-            addresses.append(address)
-        elif isinstance(x, (int, float)):
-            break
-        else:  # a descriptor
-            kinds.append((x.base.dtype, *x.block_shape))
-            addresses.append(x)
-    return kinds, addresses
+
+    def __init__(self, kernel: Any, compiled: Any, num_arguments: int, constants: dict[str, Any]):
+        from flash_attn.backends.flaggems.driver_launch import function_of
+
+        self.run, self.function = compiled, function_of(compiled)
+        self.constants = tuple(constants[name] for name in kernel.arg_names[num_arguments:])
+
+
+# By all that Triton specialises on. Its own search takes longer than the rest of a small call.
+_compiled: dict[tuple, _Compiled] = {}
+
+
+class Launch:
+    """A kernel with all that it is given but memory; to be kept where calls recur.
+
+    The tensors of its calls are alike: of the same dtypes and with None at the same places; and of
+    the same shapes and strides where the kernel takes descriptors of them.
+
+    Attributes:
+        kernel: a function of Triton, whose parameters are tensors, then numbers, then constants.
+        programs: in how many it runs.
+        numbers: in the kernel's order.
+        constants: its constexpr parameters, all of them.
+        blocks: what it takes descriptors of, by the places of the tensors, with what `descriptor`
+            is to know.
+    """
+
+    def __init__(
+        self,
+        kernel: Any,
+        programs: int,
+        numbers: tuple,
+        constants: dict[str, Any],
+        tile: Tile,
+        blocks: dict[int, tuple] | None = None,
+    ):
+        if programs >= 2**31:
+            raise RuntimeError(f"The call needs {programs} programs, more than a launch can have")
+        self.kernel, self.programs = kernel, programs
+        self.numbers, self.constants, self.tile = numbers, constants, tile
+        self.blocks = blocks or {}
+        # What the CUDA driver launches, by the device and by how memory is aligned.
+        self._ready: dict[tuple, Any] = {}
+
+    def __call__(self, device: torch.device, *tensors: Tensor | None) -> None:
+        """Runs it on the current stream of the device."""
+        if self.programs == 0:
+            return
+        where = runtime.current()
+        with where.guard(device):
+            if not where.is_nvidia:
+                self._compile_and_run(where, self._arguments(tensors))
+                return
+            addresses = [x.data_ptr() for x in tensors if x is not None]
+            alignment = functools.reduce(operator.or_, addresses) % 16
+            if alignment:
+                alignment = tuple(x % 16 for x in addresses)
+            key = device.index, alignment
+            ready = self._ready.get(key)
+            if ready is None or not ready(device.index, addresses):
+                self._find_and_run(where, key, tensors, addresses)
+
+    def _arguments(self, tensors: tuple) -> list:
+        """The kernel's arguments before the constants."""
+        arguments = [*tensors, *self.numbers]
+        for place, block in self.blocks.items():
+            arguments[place] = descriptor(tensors[place], *block)
+        return arguments
+
+    def _compile_and_run(self, where: runtime.Runtime, arguments: list) -> Any:
+        """Has Triton search for the compiled kernel, or compile it; returns that."""
+        options = {"num_warps": self.tile.num_warps, "num_stages": self.tile.num_stages}
+        entry = where.entry(self.kernel)[self.programs, 1, 1]
+        return entry(*arguments, **self.constants, **options)
+
+    def _find_and_run(
+        self, where: runtime.Runtime, key: tuple, tensors: tuple, addresses: list[int]
+    ) -> None:
+        """On NVIDIA GPUs: what is compiled is known to us, and then kept in `_ready`."""
+        arguments = self._arguments(tensors)
+        index, _ = key
+        kinds = (None if x is None else (x.dtype, x.data_ptr() % 16 == 0) for x in tensors)
+        known = *self.tile[2:], *self.constants.values(), *self.blocks.items()
+        full_key = id(self.kernel), index, known, *kinds
+        compiled = _compiled.get(full_key)
+        if compiled is None:
+            made = self._compile_and_run(where, arguments)
+            if made is not None:
+                _compiled[full_key] = _Compiled(self.kernel, made, len(arguments), self.constants)
+            return
+        if compiled.function is not None:
+            from flash_attn.backends.flaggems.driver_launch import DriverLaunch
+
+            described = {
+                place - tensors[:place].count(None): arguments[place] for place in self.blocks
+            }
+            ready = DriverLaunch(compiled.function, self.programs, self.numbers, described)
+            if ready(index, addresses):
+                self._ready[key] = ready
+                return
+        # Triton's launcher takes an address as it is, and asks whose memory a tensor's is.
+        given = (x.data_ptr() if isinstance(x, Tensor) else x for x in arguments)
+        compiled.run[self.programs, 1, 1](*given, *compiled.constants)
+
+
+@functools.lru_cache(maxsize=1024)
+def _launch_of(
+    kernel: Any, programs: int, numbers: tuple, constants: tuple, tile: Tile, dtypes: tuple
+) -> Launch:
+    """A launch by all that its calls have in common."""
+    return Launch(kernel, programs, numbers, dict(constants), tile)
 
 
 def launch(
@@ -182,32 +269,8 @@ def launch(
     constants: dict[str, Any],
     tile: Tile,
 ) -> None:
-    """Runs a kernel in so many programs, on the current stream of the device.
-
-    Arguments:
-        arguments: tensors, tensor descriptors and None, then numbers, in the kernel's order.
-        constants: its constexpr parameters, all of them.
-    """
-    if programs == 0:
-        return
-    if programs >= 2**31:
-        raise RuntimeError(f"The call needs {programs} programs, more than a launch can have")
-    where = runtime.current()
-    grid = (programs, 1, 1)
-    with where.guard(device):
-        key = None
-        if where.is_nvidia:
-            kinds, addresses = _pointers(arguments)
-            known = constants.key if isinstance(constants, Constants) else (*constants.values(),)
-            key = (id(kernel), device.index, tile[2:], known, *kinds)
-            found = _compiled.get(key)
-            if found is not None:
-                compiled, values = found
-                compiled[grid](*addresses, *arguments[len(addresses) :], *values)
-                return
-        compiled = where.entry(kernel)[grid](
-            *arguments, **constants, num_warps=tile.num_warps, num_stages=tile.num_stages
-        )
-        if key is not None and compiled is not None:
-            names = kernel.arg_names[len(arguments) :]
-            _compiled[key] = compiled, tuple(constants[name] for name in names)
+    """Calls the `Launch` of a kernel whose arguments are tensors and None, then numbers."""
+    count = sum(x is None or isinstance(x, Tensor) for x in arguments)
+    tensors, numbers = arguments[:count], arguments[count:]
+    dtypes = tuple(x if x is None else x.dtype for x in tensors)
+    _launch_of(kernel, programs, numbers, (*constants.items(),), tile, dtypes)(device, *tensors)

@@ -9,10 +9,14 @@ from __future__ import annotations
 import functools
 from typing import Any, NamedTuple
 
+import torch
+
 from flash_attn.backends.flaggems import tiles
+from flash_attn.backends.flaggems.kernels.combine import combine_parts
+from flash_attn.backends.flaggems.kernels.forward import attention_forward
 from flash_attn.backends.flaggems.launch import (
     LOG2E,
-    Constants,
+    Launch,
     check_lengths,
     dropout_numbers,
     is_describable,
@@ -56,6 +60,7 @@ class Call(NamedTuple):
 
     Attributes:
         capability, num_units: of the device, see `Runtime`.
+        dtype: of q, k, v and out.
         q_shape, k_shape: of the tensors.
         q_strides, k_strides, v_strides, out_strides, lse_strides: of the tensors, in elements.
         aligned: whether the memory of q, k, v and out begins at multiples of 16 bytes.
@@ -65,11 +70,12 @@ class Call(NamedTuple):
         num_splits: parts of the keys; 0 leaves it to the plan.
         softmax_scale, causal, window_left, window_right, softcap, dropout_p: as in `Options`.
         slopes_strides, s_aux_stride, table_stride: None where there is no such tensor.
-        varlen_q, varlen_k, has_seqused, has_leftpad, has_batch_idx: which tensors are given.
+        varlen_q, varlen_k, has_seqused, has_leftpad, has_batch_idx: which other tensors are given.
     """
 
     capability: int
     num_units: int
+    dtype: torch.dtype
     q_shape: tuple[int, ...]
     k_shape: tuple[int, ...]
     q_strides: tuple[int, ...]
@@ -109,27 +115,20 @@ class Plan(NamedTuple):
     """What to launch for a call.
 
     Attributes:
-        programs, numbers, constants, tile: of the forward kernel; numbers are its arguments behind
-            the tensors.
+        attend: the forward kernel.
         hopper: whether that is the one of kernels/forward_hopper.py.
-        described: whether it takes keys and values as tensor descriptors.
-        num_splits: parts of the keys; above 1 they are combined.
-        rows: query rows, that is programs of the kernel that combines.
-        combine_numbers, combine_constants: of that kernel.
+        num_splits: parts of the keys.
+        rows: query rows.
+        combine: the kernel that combines the parts where there are several, otherwise None.
         s_dmask_numbers: of the kernel that writes S_dmask, before and behind its strides.
         s_dmask_constants: of that kernel, but for its tile.
     """
 
-    programs: int
-    numbers: tuple
-    constants: dict[str, Any]
-    tile: tiles.Tile
+    attend: Launch
     hopper: bool
-    described: bool
     num_splits: int
     rows: int
-    combine_numbers: tuple
-    combine_constants: dict[str, Any]
+    combine: Launch | None
     s_dmask_numbers: tuple[tuple, tuple]
     s_dmask_constants: dict[str, Any]
 
@@ -283,37 +282,43 @@ def plan_forward(call: Call) -> Plan:
         "BLOCK_M": tile.block_m,
         "BLOCK_N": tile.block_n,
     }
-    combine_numbers = (
-        *leading_strides(call.out_strides),
-        *lse_strides[:2],
-        call.s_aux_stride or 0,
-        *(call.batch, num_heads, group_size, call.seqlen_q, total_q, splits),
-    )
-    combine_constants = {
-        "VARLEN_Q": call.varlen_q,
-        "PACKED": packed,
-        "HAS_SINK": has_sink,
-        "HEAD_DIM": head_dim,
-        "BLOCK_D": d0 if d1 == 0 else 2 * d0,
-        "MAX_SPLITS": MAX_SPLITS,
-    }
     in_order = tuple(numbers.values())
     s_dmask_constants = {name: x for name, x in constants.items() if name not in _NOT_OF_S_DMASK}
+    kernel: Any = attention_forward
     if hopper:
+        from flash_attn.backends.flaggems.kernels.forward_hopper import attention_forward_hopper
+
+        kernel = attention_forward_hopper
         numbers = {name: numbers[name] for name in _NUMBERS_OF_HOPPER}
         constants = {name: constants[name] for name in _CONSTANTS_OF_HOPPER}
         constants["STAGES"] = tile.num_stages
+    blocks = dict.fromkeys((1, 2), (tile.block_n, d0, hopper)) if described else None
+    programs = call.batch * heads * splits * num_tiles
+    attend = Launch(kernel, programs, (*numbers.values(),), constants, tile, blocks)
+    rows *= call.batch * heads
+    combine = None
+    if splits > 1:
+        combine_numbers = (
+            *leading_strides(call.out_strides),
+            *lse_strides[:2],
+            call.s_aux_stride or 0,
+            *(call.batch, num_heads, group_size, call.seqlen_q, total_q, splits),
+        )
+        combine_constants = {
+            "VARLEN_Q": call.varlen_q,
+            "PACKED": packed,
+            "HAS_SINK": has_sink,
+            "HEAD_DIM": head_dim,
+            "BLOCK_D": d0 if d1 == 0 else 2 * d0,
+            "MAX_SPLITS": MAX_SPLITS,
+        }
+        combine = Launch(combine_parts, rows, combine_numbers, combine_constants, tiles.COMBINE)
     return Plan(
-        call.batch * heads * splits * num_tiles,
-        tuple(numbers.values()),
-        Constants(constants),
-        tile,
+        attend,
         hopper,
-        described,
         splits,
-        call.batch * heads * rows,
-        combine_numbers,
-        Constants(combine_constants),
+        rows,
+        combine,
         (in_order[:6], in_order[14:]),  # without the strides of v, out and lse
         s_dmask_constants,
     )

@@ -18,12 +18,15 @@ import torch
 
 from flash_attn import backends
 
+_NOTHING = contextlib.nullcontext()
+
 
 class Runtime:
     """A vendor's accelerators.
 
     Attributes:
         vendor: FlagGems' name of the vendor.
+        is_nvidia: whether that is NVIDIA.
         device_type: type of its devices in torch.
         flag_gems: the package, for its operators.
     """
@@ -31,13 +34,10 @@ class Runtime:
     def __init__(self, flag_gems: Any):
         self.flag_gems = flag_gems
         self.vendor: str = flag_gems.vendor_name
+        self.is_nvidia = self.vendor == "nvidia"
         self.device_type: str = flag_gems.device
         self._devices = importlib.import_module("flag_gems.runtime").torch_device_fn
         self._entries: dict[Any, Any] = {}
-
-    @property
-    def is_nvidia(self) -> bool:
-        return self.vendor == "nvidia"
 
     def describe(self) -> str:
         """What was found, in a line."""
@@ -64,7 +64,7 @@ class Runtime:
     def guard(self, device: torch.device) -> contextlib.AbstractContextManager:
         """Makes the device current where it is not: kernels are launched on the current one."""
         if self._devices.current_device() == device.index:
-            return contextlib.nullcontext()
+            return _NOTHING
         return self._devices.device(device)
 
     @functools.cache  # noqa: B019
