@@ -8,7 +8,8 @@
 namespace flash_attn_plus::cuda {
 
 // Both copy one step of T::kRows keys to a pair of tiles, keys from `num_valid` on as zeros, and go
-// on to the step that begins kStride keys later. kThreads threads take part.
+// on to the step that begins kStride keys later. kThreads threads take part. `look_up` finds where
+// the step that is next lies: it comes before the first copy and after each.
 template <bool kPaged, Access kAccess, int kThreads, int kStride, typename T>
 struct KeySteps;
 
@@ -20,11 +21,13 @@ struct KeySteps<false, kAccess, kThreads, kStride, T> {
   const uint16_t* v_source;
 
   FAP_DEVICE KeySteps(const ForwardParams& params, const Sequence& sequence, int64_t batch,
-                      int64_t head, int thread, int first_key, int, uint32_t)
+                      int64_t head, int thread, int first_key, int)
       : k(params.k),
         v(params.v),
         k_source(source_of(params, params.k, sequence, batch, head, thread, first_key)),
         v_source(source_of(params, params.v, sequence, batch, head, thread, first_key)) {}
+
+  FAP_DEVICE void look_up(uint32_t) const {}
 
   FAP_DEVICE static const uint16_t* source_of(const ForwardParams& params, const Operand& x,
                                               const Sequence& sequence, int64_t batch, int64_t head,
@@ -47,8 +50,9 @@ struct KeySteps<false, kAccess, kThreads, kStride, T> {
 
 // A lane looks up one key of a step, a step ahead, so that no copy waits for the table; the others
 // get it by a shuffle. Under load memory takes longer than that, and every eighth page is in a new
-// sector of the table: four steps ahead a number is copied that nobody reads, to have its sector in
-// the L1 cache when it is looked up. (`prefetch` was measured to do nothing.)
+// sector of the table: four steps ahead one lane of eight, as a sector has eight numbers, copies a
+// number that nobody reads, to have its sector in the L1 cache when it is looked up. (`prefetch`
+// was measured to do nothing.)
 template <Access kAccess, int kThreads, int kStride, typename T>
 struct KeySteps<true, kAccess, kThreads, kStride, T> {
   static_assert(T::kRows <= 32);
@@ -58,14 +62,13 @@ struct KeySteps<true, kAccess, kThreads, kStride, T> {
   const int32_t* pages;
   uint32_t position;  // of this lane's key, in the step that is next
   uint32_t end;       // of the keys that there are
-  uint32_t unread;    // 4 bytes of the thread's in shared memory
   uint32_t ahead;     // pages of four steps
   uint32_t last;      // page that there is
   int page = 0;       // where the key lies
   int slot = 0;
 
   FAP_DEVICE KeySteps(const ForwardParams& params, const Sequence& sequence, int64_t batch,
-                      int64_t head, int thread, int first_key, int end_key, uint32_t unread)
+                      int64_t head, int thread, int first_key, int end_key)
       : params(params),
         k_first(static_cast<const uint16_t*>(params.k.data) + head * params.k.head_stride),
         v_first(static_cast<const uint16_t*>(params.v.data) + head * params.v.head_stride),
@@ -73,19 +76,18 @@ struct KeySteps<true, kAccess, kThreads, kStride, T> {
         position(static_cast<uint32_t>(sequence.k_begin) +
                  static_cast<uint32_t>(first_key + lane_id() % T::kRows)),
         end(static_cast<uint32_t>(sequence.k_begin) + static_cast<uint32_t>(end_key)),
-        unread(unread),
         ahead(4 * kStride / static_cast<uint32_t>(params.page_size)),
-        last((max(end, 1u) - 1) / static_cast<uint32_t>(params.page_size)) {
-    look_up();
-  }
+        last((max(end, 1u) - 1) / static_cast<uint32_t>(params.page_size)) {}
 
-  FAP_DEVICE void look_up() {
+  // `unread`: 4 bytes in shared memory, of eight lanes, to which no copy is under way.
+  FAP_DEVICE void look_up(uint32_t unread) {
     if (position >= end) return;  // such keys have no page
     const uint32_t page_size = static_cast<uint32_t>(params.page_size);
     const uint32_t index = position / page_size;
     slot = static_cast<int>(position - index * page_size);
-    page = static_cast<int>(clamped(pages[index], params.num_pages - 1));
-    copy_async4(unread, pages + min(index + ahead, last));
+    const int32_t* const entry = pages + index;
+    page = static_cast<int>(clamped(*entry, params.num_pages - 1));
+    if (lane_id() % 8 == 0) copy_async4(unread, entry + min(ahead, last - index));
   }
 
   FAP_DEVICE void copy(T tile, const uint16_t* first, const Operand& x, int thread, int head_dim,
@@ -104,7 +106,6 @@ struct KeySteps<true, kAccess, kThreads, kStride, T> {
     copy(k_tile, k_first, params.k, thread, head_dim, num_valid);
     copy(v_tile, v_first, params.v, thread, head_dim, num_valid);
     position += kStride;
-    look_up();
   }
 };
 

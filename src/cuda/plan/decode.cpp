@@ -66,9 +66,9 @@ DecodeSpec choose(const Kind& kind, const DeviceProperties& device) {
       spec.step_keys = shape.step_keys;
       const int shared = std::min(device.max_shared_per_block,
                                   device.shared_per_multiprocessor / spec.min_blocks - kReserved);
-      const int stage = spec.streams * 2 * spec.tile_bytes();
-      spec.stages =
-          std::clamp((shared - spec.query_bytes() - spec.table_bytes()) / stage, 0, kMaxStages);
+      spec.stages = 1;
+      const int stage = spec.ring_bytes() + spec.table_bytes();
+      spec.stages = std::clamp((shared - spec.query_bytes()) / stage, 0, kMaxStages);
       if (spec.stages >= shape.stages && spec.shared_bytes() <= shared) return spec;
     }
   }

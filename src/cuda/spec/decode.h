@@ -28,7 +28,7 @@ struct DecodeSpec {
   FAP_SHARED constexpr int merge_row() const { return head_dim + 8; }  // in floats
   FAP_SHARED constexpr int merge_bytes() const { return streams * tile_m * (merge_row() + 2) * 4; }
   FAP_SHARED constexpr int ring_bytes() const { return streams * stages * 2 * tile_bytes(); }
-  FAP_SHARED constexpr int table_bytes() const { return paged ? threads() * 4 : 0; }
+  FAP_SHARED constexpr int table_bytes() const { return paged ? stages * (threads() / 8) * 4 : 0; }
   FAP_SHARED constexpr int shared_bytes() const {
     return max_of(query_bytes() + ring_bytes() + table_bytes(), merge_bytes());
   }

@@ -73,7 +73,7 @@ extern "C" __global__ void steps(const uint16_t* k, int64_t v_offset, const int3
                                  int64_t batch_stride, int64_t row_stride, int64_t head_stride,
                                  int64_t table_stride, int64_t page_size, int64_t num_pages,
                                  int64_t seqlen_k, int64_t head_dim, int64_t batch, int64_t head) {
-  __shared__ uint32_t unread[kGroups * kThreads];
+  __shared__ uint32_t unread[kGroups * kThreads / 8];
   __shared__ alignas(128) unsigned char memory[kGroups][2][TestTile::kBytes];
   const int group = threadIdx.x / kThreads, thread = threadIdx.x % kThreads;
   const TestTile k_tile{shared_address(memory[group][0])}, v_tile{shared_address(memory[group][1])};
@@ -83,11 +83,15 @@ extern "C" __global__ void steps(const uint16_t* k, int64_t v_offset, const int3
   const Sequence sequence = sequence_at(params, batch);
   const int length = static_cast<int>(sequence.seqlen_k);
   KeySteps<kPaged, kAccess, kThreads, kGroups * kRows, TestTile> keys(
-      params, sequence, batch, head, thread, group * kRows, length,
-      shared_address(unread) + 4 * threadIdx.x);
+      params, sequence, batch, head, thread, group * kRows, length);
+  const uint32_t own_unread = shared_address(unread) + threadIdx.x / 8 * 4;
+  keys.look_up(own_unread);
+  copy_async_commit();
+  copy_async_wait<0>();
   for (int first = 0; first < length; first += kGroups * kRows) {
     const int own = first + group * kRows;
     keys.copy_next(k_tile, v_tile, thread, static_cast<int>(head_dim), length - own);
+    keys.look_up(own_unread);
     copy_async_commit();
     copy_async_wait<0>();
     __syncthreads();

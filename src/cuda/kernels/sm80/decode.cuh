@@ -10,8 +10,8 @@
 // softmaxes are merged through shared memory, in the order of the streams. With splits the result
 // is a part, written in float32 for the combine kernel.
 //
-// Shared memory: the tile of queries, the rings, with pages a number a thread; after the loop, in
-// the same place, the outputs of all warps in float32 and their sums.
+// Shared memory: the tile of queries, the rings, with pages a number for each stage and eight
+// threads; after the loop, in the same place, the outputs of all warps in float32 and their sums.
 #pragma once
 
 #include "attention/sequence.h"
@@ -282,12 +282,17 @@ extern "C" __global__ void __launch_bounds__(spec.threads(), spec.min_blocks)
   const int first = begin + stream * spec.step_keys;
   const int num_steps = max_of(0, (end - first + kStride - 1) / kStride);
   KeySteps<spec.paged, spec.access, spec.row_warps() * 32, kStride, KeyTile> steps(
-      params, sequence, batch, head_k, thread, first, end,
-      shared + spec.query_bytes() + spec.ring_bytes() + threadIdx.x * 4);
+      params, sequence, batch, head_k, thread, first, end);
+  const auto unread = [&](int stage) {
+    return shared + spec.query_bytes() + spec.ring_bytes() +
+           (stage * (spec.threads() / 8) + threadIdx.x / 8) * 4;
+  };
+  steps.look_up(unread(spec.stages - 1));
   // Step i, which comes after those copied so far. Always a group, if an empty one.
   const auto copy = [&](int i, int stage) {
     if (i < num_steps) {
       steps.copy_next(k_tile(stage), v_tile(stage), thread, head_dim, end - (first + i * kStride));
+      steps.look_up(unread(stage));
     }
     copy_async_commit();
   };
