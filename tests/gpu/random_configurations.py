@@ -44,11 +44,12 @@ def run(item):
 
     The FlagGems backend has kernels for long sequences, which see every second call.
     """
-    from flash_attn.backends.flaggems import plan
+    from flash_attn.backends.flaggems import plan, plan_backward
 
     kind, seed = item
-    plan.LEAST_DESCRIBED_KEYS = (1, 512)[seed % 2]
+    plan.LEAST_DESCRIBED_KEYS = plan_backward.LEAST_DESCRIBED_ROWS = (1, 512)[seed % 2]
     plan.plan_forward.cache_clear()
+    plan_backward.plan_backward.cache_clear()
     module, _, function = KINDS[kind].partition(":")
     return getattr(importlib.import_module(module), function)(seed, 1)
 

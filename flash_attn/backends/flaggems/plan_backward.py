@@ -175,20 +175,16 @@ def _plan_sink(call: BackwardCall) -> Launch:
     )
 
 
-def _has_described_operands(call: BackwardCall, head_is_whole: bool, window_right: int) -> bool:
+def _has_described_operands(call: BackwardCall) -> bool:
     """Whether tensor descriptors can be made of q, k, v and dout, and are worth it."""
     return (
         tiles.has_descriptors(call.capability)
-        and not call.varlen
         and min(call.seqlen_q, call.seqlen_k) >= LEAST_DESCRIBED_ROWS
-        and head_is_whole
         and call.aligned
         and is_describable(call.q_shape, call.q_strides)
         and is_describable(call.q_shape, call.dout_strides)
         and is_describable(call.k_shape, call.k_strides)
         and is_describable(call.k_shape, call.v_strides)
-        # Every row sees a key.
-        and (window_right < 0 or call.seqlen_k - call.seqlen_q + window_right >= 0)
     )
 
 
@@ -218,7 +214,13 @@ def plan_backward(call: BackwardCall) -> BackwardPlan:
     operands = call.q_strides, call.k_strides, call.v_strides, call.dout_strides
     unit = unit_of(*operands, call.dq_strides, call.dk_strides, call.dv_strides)
     d0, d1 = pieces(head_dim, unit)
-    described = _has_described_operands(call, d1 == 0, window_right)
+    described = _has_described_operands(call)
+    every_row_sees_a_key = window_right < 0 or call.seqlen_k - call.seqlen_q + window_right >= 0
+    hopper = described and unit == 8 and 32 < head_dim <= 128 and tiles.has_gluon(call.capability)
+    if hopper:
+        d0, d1 = max(64, 1 << (head_dim - 1).bit_length()), 0
+    else:
+        described = described and d1 == 0 and not call.varlen and every_row_sees_a_key
     constants = {
         "IS_VARLEN": call.varlen,
         "HAS_SEQUSED": call.has_seqused,
@@ -227,12 +229,13 @@ def plan_backward(call: BackwardCall) -> BackwardPlan:
         "HAS_SOFTCAP": softcap_kind(softcap),
         "HAS_ALIBI": call.slopes_strides is not None,
         "HAS_DROPOUT": call.dropout_p > 0,
-        "DESCRIPTORS": described,
-        "UNIT": unit,
         "HEAD_DIM": head_dim,
         "D0": d0,
-        "D1": d1,
     }
+    if hopper:
+        constants["CLEARS"] = call.varlen or not every_row_sees_a_key
+    else:
+        constants |= {"DESCRIPTORS": described, "UNIT": unit, "D1": d1}
     slopes_strides = call.slopes_strides or (0,)
     slopes_batch_stride = slopes_strides[0] if len(slopes_strides) == 2 else 0
 
@@ -269,14 +272,24 @@ def plan_backward(call: BackwardCall) -> BackwardPlan:
             constants
             | {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "STAGES": tile.num_stages},
             tile,
-            dict.fromkeys(passing, (block, d0)) if described else None,
+            dict.fromkeys(passing, (block, d0, hopper)) if described else None,
         )
 
     has_features = softcap > 0 or call.slopes_strides is not None or call.dropout_p > 0
-    tile = tiles.backward_dkdv(call.capability, d0 + d1, described, has_features)
-    tile = tiles.for_unit(unit, call.capability, tile)
+    kernels: tuple[Any, Any] = backward_dkdv, backward_dq
+    if hopper:
+        from flash_attn.backends.flaggems.kernels import backward_hopper
+
+        kernels = backward_hopper.backward_dkdv_hopper, backward_hopper.backward_dq_hopper
+        tile_of_dkdv, tile_of_dq = tiles.backward_hopper(d0)
+    else:
+        tile_of_dkdv = tiles.backward_dkdv(call.capability, d0 + d1, described, has_features)
+        tile_of_dkdv = tiles.for_unit(unit, call.capability, tile_of_dkdv)
+        tile_of_dq = tiles.backward_dq(call.capability, d0 + d1, has_features)
+        tile_of_dq = tiles.for_unit(unit, call.capability, tile_of_dq)
+    tile = tile_of_dkdv
     dkdv = plan_of(
-        backward_dkdv,
+        kernels[0],
         (call.dk_strides, call.dv_strides),
         (0, 3),
         call.q_shape,
@@ -285,10 +298,9 @@ def plan_backward(call: BackwardCall) -> BackwardPlan:
         -(-call.seqlen_k // tile.block_n),
         call.batch * num_heads_k,
     )
-    tile = tiles.backward_dq(call.capability, d0 + d1, has_features)
-    tile = tiles.for_unit(unit, call.capability, tile)
+    tile = tile_of_dq
     dq = plan_of(
-        backward_dq,
+        kernels[1],
         (call.dq_strides,),
         (1, 2),
         call.k_shape,

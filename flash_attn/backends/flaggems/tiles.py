@@ -158,6 +158,11 @@ _BACKWARD_DQ = {
     ),
 }
 
+_BACKWARD_HOPPER = {
+    64: (Tile(64, 128, 4, 2), Tile(128, 128, 4, 2)),
+    128: (Tile(64, 128, 4, 2), Tile(128, 64, 4, 3)),
+}
+
 
 def backward_dkdv(
     capability: int,
@@ -179,6 +184,11 @@ def backward_dq(capability: int, head_dim: int, has_features: bool = False) -> T
     """The tile of the kernel of dQ; has_features: softcap, ALiBi or dropout."""
     tile = _find(_BACKWARD_DQ, capability, head_dim)
     return tile._replace(block_n=min(tile.block_n, 64)) if has_features else tile
+
+
+def backward_hopper(head_dim: int) -> tuple[Tile, Tile]:
+    """The tiles of the backward kernels of Hopper, of dK and dV and of dQ; head_dim: up to 128."""
+    return _BACKWARD_HOPPER[head_dim]
 
 
 @functools.cache

@@ -25,6 +25,8 @@ from flash_attn.backends.flaggems.kernels.hopper import (
     UNIT,
     bring,
     clear_rows,
+    dropout_keeps,
+    layout_of_product,
     load_tile,
     store_tile,
 )
@@ -35,8 +37,6 @@ _all_visible_keys = gluon.jit(common.all_visible_keys.fn)
 _any_visible_keys = gluon.jit(common.any_visible_keys.fn)
 _clamped = gluon.jit(common.clamped.fn)
 _dropout_key = gluon.jit(common.dropout_key.fn)
-_keeps_of_word = gluon.jit(common.keeps_of_word.fn)
-_philox = gluon.jit(common.philox.fn)
 _rows_of_sequence = gluon.jit(common.rows_of_sequence.fn)
 _scores_in_log2 = gluon.jit(common.scores_in_log2.fn)
 _finish_rows = gluon.jit(rows.finish_rows.fn)
@@ -86,39 +86,6 @@ def _produce(
             bring(v, batch, head_k, row, values.index(stage), values_full.index(stage))
 
 
-@gluon.constexpr_function
-def _layout_of_counters(columns):
-    """Of a counter for every 2 rows and 4 columns: where the accumulator of a product has these."""
-    columns_of_thread = [[0, 1]] + [[0, 8 << i] for i in range((columns // 32).bit_length() - 1)]
-    lanes = [[0, 2], [0, 4], [1, 0], [2, 0], [4, 0]]
-    return gl.DistributedLinearLayout(
-        columns_of_thread, lanes, [[8, 0], [16, 0]], [], [32, columns // 4]
-    )
-
-
-@gluon.jit
-def _dropout_keeps(key0, key1, threshold, batch, head, row, column, COLUMNS: gl.constexpr):
-    """Which entries of (GROUP, COLUMNS) dropout keeps; as dropout_keeps of common.py."""
-    counters: gl.constexpr = _layout_of_counters(COLUMNS)
-    c0 = (row // 2 + gl.arange(0, GROUP // 2, gl.SliceLayout(1, counters))).to(gl.uint32)
-    c1 = (column // 4 + gl.arange(0, COLUMNS // 4, gl.SliceLayout(0, counters))).to(gl.uint32)
-    zero = gl.full([GROUP // 2, COLUMNS // 4], 0, gl.uint32, counters)
-    w0, w1, w2, w3 = _philox(
-        c0[:, None] + zero,
-        c1[None, :] + zero,
-        zero + head.to(gl.uint32),
-        zero + batch.to(gl.uint32),
-        key0,
-        key1,
-    )
-    k02 = gl.join(_keeps_of_word(w0, threshold), _keeps_of_word(w2, threshold))
-    k13 = gl.join(_keeps_of_word(w1, threshold), _keeps_of_word(w3, threshold))
-    keeps = gl.join(k02, k13)  # (counter of rows, counter of columns, half, bit 1, bit 0 of word)
-    keeps = gl.reshape(keeps, [GROUP // 16, 8, COLUMNS // 32, 8, 2, 2, 2])
-    keeps = gl.permute(keeps, [0, 4, 1, 2, 5, 6, 3])
-    return gl.reshape(keeps, [GROUP, COLUMNS]) != 0
-
-
 @gluon.jit
 def _probabilities(
     score,
@@ -166,8 +133,7 @@ def _probabilities(
     total = total * factor + gl.sum(p, 1)
     if HAS_DROPOUT:
         key0, key1, threshold, batch, head = dropout
-        keeps = _dropout_keeps(key0, key1, threshold, batch, head, row_begin, start, score.shape[1])
-        keeps = gl.convert_layout(keeps, score.type.layout, assert_trivial=True)
+        keeps = dropout_keeps(key0, key1, threshold, batch, head, row_begin, start, score.shape[1])
         p = gl.where(keeps, p, 0.0)
     return p, new_top, total, factor
 
@@ -208,8 +174,8 @@ def _consume(
     window_left, window_right = window
     scale, softcap, slope, sink, dropout_scale = numbers
     dtype: gl.constexpr = q.dtype.element_ty
-    of_scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
-    of_out: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D0, 16])
+    of_scores: gl.constexpr = layout_of_product(BLOCK_N)
+    of_out: gl.constexpr = layout_of_product(D0)
     of_p: gl.constexpr = gl.DotOperandLayout(0, of_out, 2)
     of_row: gl.constexpr = gl.SliceLayout(1, of_scores)
     of_out_row: gl.constexpr = gl.SliceLayout(1, of_out)

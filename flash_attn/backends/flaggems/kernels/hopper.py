@@ -9,10 +9,22 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, tma
 
+from flash_attn.backends.flaggems.kernels import common
+
+# Functions of the other kernels, compiled as Gluon.
+_keeps_of_word = gluon.jit(common.keeps_of_word.fn)
+_philox = gluon.jit(common.philox.fn)
+
 # Rows of a group of four warps.
 GROUP = gl.constexpr(64)
 # Strides of operands are counted in units of so many elements, 16 bytes.
 UNIT = gl.constexpr(8)
+
+
+@gluon.constexpr_function
+def layout_of_product(columns):
+    """Of a product (GROUP, columns) of a group of warps."""
+    return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, columns, 16])
 
 
 @gluon.constexpr_function
@@ -69,3 +81,78 @@ def clear_rows(tile, begin, end):
             row = i * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, layout))
             valid = (row >= begin) & (row < end)
             part.store(gl.where(valid[:, None], part.load(layout), 0.0))
+
+
+@gluon.constexpr_function
+def layout_of_counters(columns):
+    """Of Philox blocks (32, columns / 4), each for 2 rows and 4 columns of an accumulator (GROUP,
+    columns) of a product: a block is in the thread that has these.
+    """
+    columns_of_thread = [[0, 1]] + [[0, 8 << i] for i in range((columns // 32).bit_length() - 1)]
+    lanes = [[0, 2], [0, 4], [1, 0], [2, 0], [4, 0]]
+    return gl.DistributedLinearLayout(
+        columns_of_thread, lanes, [[8, 0], [16, 0]], [], [32, columns // 4]
+    )
+
+
+@gluon.jit
+def dropout_keeps(
+    key0,
+    key1,
+    threshold,
+    batch,
+    head,
+    row,
+    column,
+    COLUMNS: gl.constexpr,
+):
+    """Which entries of (GROUP, COLUMNS) dropout keeps; as dropout_keeps of common.py."""
+    counters: gl.constexpr = layout_of_counters(COLUMNS)
+    c0 = (row // 2 + gl.arange(0, GROUP // 2, gl.SliceLayout(1, counters))).to(gl.uint32)
+    c1 = (column // 4 + gl.arange(0, COLUMNS // 4, gl.SliceLayout(0, counters))).to(gl.uint32)
+    zero = gl.full([GROUP // 2, COLUMNS // 4], 0, gl.uint32, counters)
+    w0, w1, w2, w3 = _philox(
+        c0[:, None] + zero,
+        c1[None, :] + zero,
+        zero + head.to(gl.uint32),
+        zero + batch.to(gl.uint32),
+        key0,
+        key1,
+    )
+    k02 = gl.join(_keeps_of_word(w0, threshold), _keeps_of_word(w2, threshold))
+    k13 = gl.join(_keeps_of_word(w1, threshold), _keeps_of_word(w3, threshold))
+    keeps = gl.join(k02, k13)  # (counter of rows, counter of columns, half, bit 1, bit 0 of word)
+    keeps = gl.reshape(keeps, [GROUP // 16, 8, COLUMNS // 32, 8, 2, 2, 2])
+    keeps = gl.permute(keeps, [0, 4, 1, 2, 5, 6, 3])
+    keeps = gl.reshape(keeps, [GROUP, COLUMNS]) != 0
+    return gl.convert_layout(keeps, layout_of_product(COLUMNS), assert_trivial=True)
+
+
+@gluon.jit
+def dropout_keeps_transposed(key0, key1, threshold, batch, head, row, column, ROWS: gl.constexpr):
+    """Which entries of (GROUP columns, ROWS) dropout keeps; as in common.py.
+
+    A thread has c and c + 8 of 16 columns, so a Philox block is computed for every 16.
+    """
+    counters: gl.constexpr = layout_of_counters(2 * ROWS)
+    of_column = gl.arange(0, GROUP // 2, gl.SliceLayout(1, counters))
+    of_row = gl.arange(0, ROWS // 2, gl.SliceLayout(0, counters))
+    zero = gl.full([GROUP // 2, ROWS // 2], 0, gl.uint32, counters)
+    c0 = (row // 2 + of_row).to(gl.uint32)
+    c1 = (column // 4 + of_column // 16 * 8 + of_column % 8).to(gl.uint32)
+    w0, w1, w2, w3 = _philox(
+        c0[None, :] + zero,
+        c1[:, None] + zero,
+        zero + head.to(gl.uint32),
+        zero + batch.to(gl.uint32),
+        key0,
+        key1,
+    )
+    second = (of_column // 8 % 2 == 1)[:, None]
+    near = _keeps_of_word(gl.where(second, w2, w0), threshold)
+    far = _keeps_of_word(gl.where(second, w3, w1), threshold)
+    keeps = gl.join(near, far)  # (columns, rows, r or r + 8, c or c + 8)
+    keeps = gl.reshape(keeps, [GROUP // 16, 8, ROWS // 16, 8, 2, 2])
+    keeps = gl.permute(keeps, [0, 5, 1, 2, 4, 3])
+    keeps = gl.reshape(keeps, [GROUP, ROWS]) != 0
+    return gl.convert_layout(keeps, layout_of_product(ROWS), assert_trivial=True)

@@ -1,0 +1,652 @@
+"""Attention backward for Hopper, in Gluon: the kernels of backward_dkdv.py and backward_dq.py.
+
+What they compute, and from what arguments, is said there; how warps share the work, in hopper.py.
+A group of warps has 64 keys (of dK and dV) or 64 rows (of dQ), and walks over what is brought, rows
+or keys: while one group computes probabilities, the products of the other run.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from flash_attn.backends.flaggems.kernels import backward_prepare, backward_tiles, common
+from flash_attn.backends.flaggems.kernels.backward_prepare import ROW_ALIGNMENT
+from flash_attn.backends.flaggems.kernels.backward_tiles import NUMBERS
+from flash_attn.backends.flaggems.kernels.hopper import (
+    GROUP,
+    UNIT,
+    bring,
+    clear_rows,
+    dropout_keeps,
+    dropout_keeps_transposed,
+    layout_of_product,
+    load_tile,
+    store_tile,
+)
+
+# The functions of the other kernels, compiled as Gluon.
+_alibi_slope = gluon.jit(common.alibi_slope.fn)
+_all_visible_keys = gluon.jit(common.all_visible_keys.fn)
+_any_seeing_queries = gluon.jit(common.any_seeing_queries.fn)
+_any_visible_keys = gluon.jit(common.any_visible_keys.fn)
+_clamped = gluon.jit(common.clamped.fn)
+_dropout_key = gluon.jit(common.dropout_key.fn)
+_exponents = gluon.jit(backward_tiles.exponents.fn)
+_program_order = gluon.jit(backward_tiles.program_order.fn)
+_rows_of_sequence = gluon.jit(common.rows_of_sequence.fn)
+_workspace_row = gluon.jit(backward_prepare.workspace_row.fn)
+
+
+@gluon.jit
+def _produce_rows(call, CLEARS: gl.constexpr, BLOCK_M: gl.constexpr, STAGES: gl.constexpr):
+    """Brings the blocks [begin, end) of Q and dO of all query heads of a group, and what is to be
+    added to their scores and to dP.
+
+    CLEARS: there may be rows that see no key, or are of another sequence; they become 0.
+    """
+    q, dout, workspace, workspace_rows, buffers, cleared, place, sizes = call
+    queries, douts, minus_lses, minus_ds, q_full, dout_full, free = buffers
+    batch, first_q, head_k, group_size = place
+    row_begin, row_end, begin, end = sizes
+    of_rows: gl.constexpr = gl.BlockedLayout([2], [32], [1], [0])
+    step = gl.arange(0, BLOCK_M, of_rows)
+    workspace += head_k.to(gl.int64) * group_size * 2 * workspace_rows
+    n = 0
+    num_cleared = 0
+    for i in range(group_size):
+        head = head_k * group_size + i
+        for block in range(begin, end):
+            stage = n % STAGES
+            mbarrier.wait(free.index(stage), (n // STAGES + 1) & 1)
+            start = block * BLOCK_M
+            full = dout_full.index(stage)
+            if CLEARS and ((start < row_begin) | (start + BLOCK_M > row_end)):
+                mbarrier.expect(cleared, 2 * q.block_type.nbytes)
+                bring(q, batch, head, first_q + start, queries.index(stage), cleared)
+                bring(dout, batch, head, first_q + start, douts.index(stage), cleared)
+                mbarrier.wait(cleared, num_cleared & 1)
+                num_cleared += 1
+                clear_rows(queries.index(stage), row_begin - start, row_end - start)
+                clear_rows(douts.index(stage), row_begin - start, row_end - start)
+                fence_async_shared()
+                mbarrier.arrive(q_full.index(stage))
+                mbarrier.arrive(full)
+            else:
+                mbarrier.expect(q_full.index(stage), q.block_type.nbytes)
+                bring(q, batch, head, first_q + start, queries.index(stage), q_full.index(stage))
+                mbarrier.expect(full, dout.block_type.nbytes)
+                bring(dout, batch, head, first_q + start, douts.index(stage), full)
+            minus_lses.index(stage).store(gl.load(workspace + start + step))
+            minus_ds.index(stage).store(gl.load(workspace + workspace_rows + start + step))
+            mbarrier.arrive(q_full.index(stage))
+            n += 1
+        workspace += 2 * workspace_rows
+
+
+@gluon.jit
+def _consume_rows(tiles, buffers, call, first_key, FLAGS: gl.constexpr):
+    """dK and dV of the GROUP keys from first_key on."""
+    HAS_LEFT: gl.constexpr = FLAGS[0]
+    HAS_RIGHT: gl.constexpr = FLAGS[1]
+    HAS_SOFTCAP: gl.constexpr = FLAGS[2]
+    HAS_ALIBI: gl.constexpr = FLAGS[3]
+    HAS_DROPOUT: gl.constexpr = FLAGS[4]
+    HEAD_DIM: gl.constexpr = FLAGS[5]
+    D0: gl.constexpr = FLAGS[6]
+    BLOCK_M: gl.constexpr = FLAGS[7]
+    STAGES: gl.constexpr = FLAGS[8]
+    keys, values = tiles
+    queries, douts, minus_lses, minus_ds, q_full, dout_full, free = buffers
+    operands, place, sizes, window, numbers, alibi, dropout = call
+    k, v, dk, dv, k_row_stride, v_row_stride, dk_row_stride, dv_row_stride = operands
+    batch, head_k, group_size, num_rows, num_k = place
+    offset, begin, end = sizes
+    window_left, window_right = window
+    score_scale, softcap, softmax_scale, dropout_scale = numbers
+    slopes, slopes_batch_stride, slopes_head_stride = alibi
+    key0, key1, threshold = dropout
+    dtype: gl.constexpr = k.dtype.element_ty
+    of_scores: gl.constexpr = layout_of_product(BLOCK_M)
+    of_gradient: gl.constexpr = layout_of_product(D0)
+    of_operand: gl.constexpr = gl.DotOperandLayout(0, of_gradient, 2)
+    of_row: gl.constexpr = gl.SliceLayout(0, of_scores)
+
+    skip = first_key.to(gl.int64)
+    load_tile(keys, k + skip * k_row_stride, k_row_stride, 0, num_k - first_key, HEAD_DIM)
+    load_tile(values, v + skip * v_row_stride, v_row_stride, 0, num_k - first_key, HEAD_DIM)
+    key = first_key + gl.arange(0, GROUP, gl.SliceLayout(1, of_scores))
+    step = gl.arange(0, BLOCK_M, of_row)
+    zeros = gl.full([GROUP, BLOCK_M], 0.0, gl.float32, of_scores)
+    dk_sum = gl.full([GROUP, D0], 0.0, gl.float32, of_gradient)
+    dv_sum = gl.full([GROUP, D0], 0.0, gl.float32, of_gradient)
+    n = 0
+    for i in range(group_size):
+        head = (head_k * group_size + i).to(gl.int64)
+        slope = _alibi_slope(
+            slopes, batch, head, slopes_batch_stride, slopes_head_stride, HAS_ALIBI
+        )
+        for block in range(begin, end):
+            stage = n % STAGES
+            phase = (n // STAGES) & 1
+            start = block * BLOCK_M
+            mbarrier.wait(q_full.index(stage), phase)
+            minus_lse = minus_lses.index(stage).load(of_row)
+            minus_d = minus_ds.index(stage).load(of_row)
+            # What is to be added is where the products begin, which costs no registers.
+            s, zeros = gl.broadcast(zeros if HAS_SOFTCAP else minus_lse[None, :], zeros)
+            dp, zeros = gl.broadcast(zeros if HAS_DROPOUT else minus_d[None, :], zeros)
+            s = warpgroup_mma(keys, queries.index(stage).permute((1, 0)), s, is_async=True)
+            mbarrier.wait(dout_full.index(stage), phase)
+            dp = warpgroup_mma(values, douts.index(stage).permute((1, 0)), dp, is_async=True)
+            s = warpgroup_mma_wait(1, deps=[s])
+            row = start + step
+            distance = 0.0
+            if HAS_ALIBI:
+                distance = ((row + offset)[None, :] - key[:, None]).to(gl.float32)
+            score, capped = _exponents(
+                s * score_scale, distance, softcap, slope, HAS_SOFTCAP, HAS_ALIBI
+            )
+            if HAS_SOFTCAP:
+                score = score + minus_lse[None, :]
+            p = gl.exp2(score)
+            if HAS_RIGHT:
+                least = first_key + GROUP - 1 - offset - window_right
+                if start < least:
+                    p = gl.where(
+                        step[None, :] < (key - offset - window_right - start)[:, None], 0.0, p
+                    )
+            if HAS_LEFT:
+                most = first_key - offset + window_left
+                if start + BLOCK_M - 1 > most:
+                    p = gl.where(
+                        step[None, :] > (key - offset + window_left - start)[:, None], 0.0, p
+                    )
+            weight = p
+            dp = warpgroup_mma_wait(0, deps=[dp])
+            if HAS_DROPOUT:
+                keeps = dropout_keeps_transposed(
+                    key0, key1, threshold, batch, head, start, first_key, BLOCK_M
+                )
+                weight = gl.where(keeps, p, 0.0)
+                dp = gl.where(keeps, dp, 0.0) * dropout_scale + minus_d[None, :]
+            weight = gl.convert_layout(weight.to(dtype), of_operand)
+            dv_sum = warpgroup_mma(weight, douts.index(stage), dv_sum, is_async=True)
+            ds = p * dp
+            if HAS_SOFTCAP:
+                ds = ds * (1.0 - capped * capped)
+            ds = gl.convert_layout(ds.to(dtype), of_operand)
+            dk_sum = warpgroup_mma(ds, queries.index(stage), dk_sum, is_async=True)
+            dv_sum, dk_sum, weight, ds = warpgroup_mma_wait(0, deps=[dv_sum, dk_sum, weight, ds])
+            mbarrier.arrive(free.index(stage))
+            n += 1
+
+    # Keys behind seqused_k have no gradient, whatever was computed for them.
+    in_use = (first_key + gl.arange(0, GROUP, gl.SliceLayout(1, of_gradient)) < num_k)[:, None]
+    dk_sum = gl.where(in_use, dk_sum * softmax_scale, 0.0).to(dtype)
+    dv_sum = gl.where(in_use, dv_sum * dropout_scale, 0.0).to(dtype)
+    rows = num_rows - first_key
+    store_tile(dk + skip * dk_row_stride, dk_row_stride, dk_sum, keys, rows, HEAD_DIM)
+    store_tile(dv + skip * dv_row_stride, dv_row_stride, dv_sum, values, rows, HEAD_DIM)
+
+
+@gluon.jit(
+    do_not_specialize=[
+        *NUMBERS,
+        *("dk_batch_stride", "dk_row_stride", "dk_head_stride"),
+        *("dv_batch_stride", "dv_row_stride", "dv_head_stride"),
+    ]
+)
+def backward_dkdv_hopper(
+    q,
+    k,
+    v,
+    dout,
+    workspace,
+    dk,
+    dv,
+    cu_seqlens_q,
+    cu_seqlens_k,
+    seqused_k,
+    alibi_slopes,
+    rng_state,
+    q_batch_stride: gl.int64,
+    q_row_stride: gl.int64,
+    q_head_stride: gl.int64,
+    k_batch_stride: gl.int64,
+    k_row_stride: gl.int64,
+    k_head_stride: gl.int64,
+    v_batch_stride: gl.int64,
+    v_row_stride: gl.int64,
+    v_head_stride: gl.int64,
+    dout_batch_stride: gl.int64,
+    dout_row_stride: gl.int64,
+    dout_head_stride: gl.int64,
+    dk_batch_stride: gl.int64,
+    dk_row_stride: gl.int64,
+    dk_head_stride: gl.int64,
+    dv_batch_stride: gl.int64,
+    dv_row_stride: gl.int64,
+    dv_head_stride: gl.int64,
+    workspace_rows: gl.int64,
+    slopes_batch_stride: gl.int64,
+    slopes_head_stride: gl.int64,
+    total_q: gl.int64,
+    total_k: gl.int64,
+    num_heads_k: gl.int32,
+    group_size: gl.int32,
+    seqlen_q: gl.int32,
+    seqlen_k: gl.int32,
+    window_left: gl.int32,
+    window_right: gl.int32,
+    num_tiles: gl.int32,
+    num_pairs: gl.int64,
+    pairs_at_once: gl.int32,
+    score_scale: gl.float32,
+    softcap: gl.float32,
+    softmax_scale: gl.float32,
+    dropout_threshold: gl.int32,
+    dropout_scale: gl.float32,
+    IS_VARLEN: gl.constexpr,
+    HAS_SEQUSED: gl.constexpr,
+    HAS_LEFT: gl.constexpr,
+    HAS_RIGHT: gl.constexpr,
+    HAS_SOFTCAP: gl.constexpr,
+    HAS_ALIBI: gl.constexpr,
+    HAS_DROPOUT: gl.constexpr,
+    CLEARS: gl.constexpr,
+    HEAD_DIM: gl.constexpr,
+    D0: gl.constexpr,
+    BLOCK_M: gl.constexpr,
+    BLOCK_N: gl.constexpr,  # two groups
+    STAGES: gl.constexpr,
+):
+    """As backward_dkdv, with q and dout descriptors of (b, h, s, d), or (1, h, rows, d)."""
+    tile, pair = _program_order(num_tiles, num_pairs, pairs_at_once)
+    workspace_rows = workspace_rows // ROW_ALIGNMENT * ROW_ALIGNMENT  # tells the compiler
+    batch = pair // num_heads_k
+    head_k = pair % num_heads_k
+    first_q, num_q = _rows_of_sequence(cu_seqlens_q, batch, seqlen_q, total_q, IS_VARLEN)
+    first_k, num_rows = _rows_of_sequence(cu_seqlens_k, batch, seqlen_k, total_k, IS_VARLEN)
+    num_k = num_rows
+    if HAS_SEQUSED:
+        num_k = _clamped(gl.load(seqused_k + batch), num_rows)
+    first_key = tile * BLOCK_N
+    if first_key >= num_rows:
+        return
+    offset = num_k - num_q
+    # Rows that see at least one key of the sequence, then of these keys, in tiles.
+    row_begin, row_end = _any_seeing_queries(
+        0, num_k, offset, num_q, window_left, window_right, HAS_LEFT, HAS_RIGHT
+    )
+    last_key = gl.minimum(first_key + BLOCK_N, num_k)
+    begin, end = _any_seeing_queries(
+        first_key, last_key, offset, num_q, window_left, window_right, HAS_LEFT, HAS_RIGHT
+    )
+    begin = begin // BLOCK_M
+    end = gl.cdiv(end, BLOCK_M)
+    if first_key >= num_k:
+        end = begin
+    k += (batch * k_batch_stride + first_k * k_row_stride + head_k * k_head_stride) * UNIT
+    v += (batch * v_batch_stride + first_k * v_row_stride + head_k * v_head_stride) * UNIT
+    dk += (batch * dk_batch_stride + first_k * dk_row_stride + head_k * dk_head_stride) * UNIT
+    dv += (batch * dv_batch_stride + first_k * dv_row_stride + head_k * dv_head_stride) * UNIT
+    workspace += _workspace_row(batch, first_q, seqlen_q, IS_VARLEN)
+    key0 = 0
+    key1 = 0
+    if HAS_DROPOUT:
+        key0, key1 = _dropout_key(rng_state)
+    batch_q = batch.to(gl.int32)
+    if IS_VARLEN:
+        batch_q = 0
+
+    dtype: gl.constexpr = k.dtype.element_ty
+    of_keys: gl.constexpr = gl.NVMMASharedLayout.get_default_for([GROUP, D0], dtype)
+    of_rows: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_M, D0], dtype)
+    of_numbers: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    of_barriers: gl.constexpr = mbarrier.MBarrierLayout()
+    keys0 = gl.allocate_shared_memory(dtype, [GROUP, D0], of_keys)
+    keys1 = gl.allocate_shared_memory(dtype, [GROUP, D0], of_keys)
+    values0 = gl.allocate_shared_memory(dtype, [GROUP, D0], of_keys)
+    values1 = gl.allocate_shared_memory(dtype, [GROUP, D0], of_keys)
+    queries = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_M, D0], of_rows)
+    douts = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_M, D0], of_rows)
+    minus_lses = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_M], of_numbers)
+    minus_ds = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_M], of_numbers)
+    q_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], of_barriers)
+    dout_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], of_barriers)
+    free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], of_barriers)
+    cleared = gl.allocate_shared_memory(gl.int64, [1], of_barriers)
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(q_full.index(stage), count=2)  # copies, and numbers
+        mbarrier.init(dout_full.index(stage), count=1)
+        mbarrier.init(free.index(stage), count=2)
+    mbarrier.init(cleared, count=1)
+    fence_async_shared()
+
+    buffers = (queries, douts, minus_lses, minus_ds, q_full, dout_full, free)
+    call = (
+        (
+            k, v, dk, dv, k_row_stride * UNIT, v_row_stride * UNIT,
+            dk_row_stride * UNIT, dv_row_stride * UNIT,
+        ),
+        (batch, head_k, group_size, num_rows, num_k),
+        (offset, begin, end),
+        (window_left, window_right),
+        (score_scale, softcap, softmax_scale, dropout_scale),
+        (alibi_slopes, slopes_batch_stride, slopes_head_stride),
+        (key0, key1, dropout_threshold),
+    )  # fmt: skip
+    bringing = (
+        q, dout, workspace, workspace_rows, buffers, cleared,
+        (batch_q, first_q.to(gl.int32), head_k.to(gl.int32), group_size),
+        (row_begin, row_end, begin, end),
+    )  # fmt: skip
+    FLAGS: gl.constexpr = (
+        HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_ALIBI, HAS_DROPOUT, HEAD_DIM, D0, BLOCK_M, STAGES,
+    )  # fmt: skip
+    gl.warp_specialize(
+        [
+            (_consume_rows, ((keys0, values0), buffers, call, first_key, FLAGS)),
+            (_consume_rows, ((keys1, values1), buffers, call, first_key + GROUP, FLAGS)),
+            (_produce_rows, (bringing, CLEARS, BLOCK_M, STAGES)),
+        ],
+        [4, 1],
+        [240, 24],
+    )
+    for stage in gl.static_range(STAGES):
+        mbarrier.invalidate(q_full.index(stage))
+        mbarrier.invalidate(dout_full.index(stage))
+        mbarrier.invalidate(free.index(stage))
+    mbarrier.invalidate(cleared)
+
+
+@gluon.jit
+def _produce_keys(call, CLEARS: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr):
+    """Brings the blocks [begin, end) of keys and values.
+
+    CLEARS: there may be other rows behind the keys, which become 0; values are not multiplied with.
+    """
+    k, v, buffers, cleared, place, sizes = call
+    keys, values, keys_full, values_full, keys_free, values_free = buffers
+    batch, first_k, head_k = place
+    num_k, begin, end = sizes
+    for block in range(begin, end):
+        n = block - begin
+        stage = n % STAGES
+        phase = (n // STAGES) & 1
+        row = first_k + block * BLOCK_N
+        mbarrier.wait(keys_free.index(stage), phase ^ 1)
+        full = keys_full.index(stage)
+        if CLEARS and (block + 1) * BLOCK_N > num_k:
+            mbarrier.expect(cleared, k.block_type.nbytes)
+            bring(k, batch, head_k, row, keys.index(stage), cleared)
+            mbarrier.wait(cleared, 0)
+            clear_rows(keys.index(stage), 0, num_k - block * BLOCK_N)
+            fence_async_shared()
+            mbarrier.arrive(full)
+        else:
+            mbarrier.expect(full, k.block_type.nbytes)
+            bring(k, batch, head_k, row, keys.index(stage), full)
+        mbarrier.wait(values_free.index(stage), phase ^ 1)
+        mbarrier.expect(values_full.index(stage), v.block_type.nbytes)
+        bring(v, batch, head_k, row, values.index(stage), values_full.index(stage))
+
+
+@gluon.jit
+def _consume_keys(tiles, buffers, call, first_row, FLAGS: gl.constexpr):
+    """dQ of the GROUP rows from first_row on."""
+    HAS_LEFT: gl.constexpr = FLAGS[0]
+    HAS_RIGHT: gl.constexpr = FLAGS[1]
+    HAS_SOFTCAP: gl.constexpr = FLAGS[2]
+    HAS_ALIBI: gl.constexpr = FLAGS[3]
+    HAS_DROPOUT: gl.constexpr = FLAGS[4]
+    HEAD_DIM: gl.constexpr = FLAGS[5]
+    D0: gl.constexpr = FLAGS[6]
+    BLOCK_N: gl.constexpr = FLAGS[7]
+    STAGES: gl.constexpr = FLAGS[8]
+    queries, douts = tiles
+    keys, values, keys_full, values_full, keys_free, values_free = buffers
+    operands, workspace, sizes, window, numbers, dropout = call
+    q, dout, dq, q_row_stride, dout_row_stride, dq_row_stride = operands
+    minus_lses, minus_ds = workspace
+    num_q, num_k, begin, end = sizes
+    window_left, window_right = window
+    score_scale, softcap, softmax_scale, slope, dropout_scale = numbers
+    key0, key1, threshold, batch, head = dropout
+    dtype: gl.constexpr = q.dtype.element_ty
+    of_scores: gl.constexpr = layout_of_product(BLOCK_N)
+    of_gradient: gl.constexpr = layout_of_product(D0)
+    of_operand: gl.constexpr = gl.DotOperandLayout(0, of_gradient, 2)
+    of_row: gl.constexpr = gl.SliceLayout(1, of_scores)
+
+    offset = num_k - num_q
+    row_begin, row_end = _any_seeing_queries(
+        0, num_k, offset, num_q, window_left, window_right, HAS_LEFT, HAS_RIGHT
+    )
+    row_begin -= first_row
+    row_end -= first_row
+    skip = first_row.to(gl.int64)
+    load_tile(queries, q + skip * q_row_stride, q_row_stride, row_begin, row_end, HEAD_DIM)
+    load_tile(douts, dout + skip * dout_row_stride, dout_row_stride, row_begin, row_end, HEAD_DIM)
+    row = first_row + gl.arange(0, GROUP, of_row)
+    step = gl.arange(0, BLOCK_N, gl.SliceLayout(0, of_scores))
+    # As prepare writes it: in the units of what it is added to in backward_dkdv. The workspace has
+    # rows up to a multiple of ROW_ALIGNMENT.
+    minus_lse = gl.load(minus_lses + row)
+    if not HAS_SOFTCAP:
+        minus_lse *= score_scale
+    minus_d = gl.load(minus_ds + row)
+    last_row = gl.minimum(first_row + GROUP, num_q)
+    whole_begin, whole_end = _all_visible_keys(
+        first_row, last_row, offset, num_k, window_left, window_right, HAS_LEFT, HAS_RIGHT
+    )
+    # The keys that each row sees.
+    keys_begin = row
+    keys_end = gl.full([GROUP], 0, gl.int32, of_row) + num_k
+    if HAS_LEFT:
+        keys_begin = row + offset - window_left
+    if HAS_RIGHT:
+        keys_end = gl.minimum(row + offset + window_right + 1, num_k)
+    zeros = gl.full([GROUP, BLOCK_N], 0.0, gl.float32, of_scores)
+    dq_sum = gl.full([GROUP, D0], 0.0, gl.float32, of_gradient)
+    for block in range(begin, end):
+        n = block - begin
+        stage = n % STAGES
+        phase = (n // STAGES) & 1
+        start = block * BLOCK_N
+        mbarrier.wait(keys_full.index(stage), phase)
+        s = warpgroup_mma(
+            queries, keys.index(stage).permute((1, 0)), zeros, use_acc=False, is_async=True
+        )
+        mbarrier.wait(values_full.index(stage), phase)
+        dp = warpgroup_mma(
+            douts, values.index(stage).permute((1, 0)), zeros, use_acc=False, is_async=True
+        )
+        s = warpgroup_mma_wait(1, deps=[s])
+        distance = 0.0
+        if HAS_ALIBI:
+            distance = ((row + offset - start)[:, None] - step[None, :]).to(gl.float32)
+        score, capped = _exponents(
+            s * score_scale, distance, softcap, slope, HAS_SOFTCAP, HAS_ALIBI
+        )
+        p = gl.exp2(score + minus_lse[:, None])
+        if (start < whole_begin) | (start + BLOCK_N > whole_end):
+            sees = step[None, :] < (keys_end - start)[:, None]
+            if HAS_LEFT:
+                sees = sees & (step[None, :] >= (keys_begin - start)[:, None])
+            p = gl.where(sees, p, 0.0)
+        dp = warpgroup_mma_wait(0, deps=[dp])
+        mbarrier.arrive(values_free.index(stage))
+        if HAS_DROPOUT:
+            keeps = dropout_keeps(key0, key1, threshold, batch, head, first_row, start, BLOCK_N)
+            dp = gl.where(keeps, dp, 0.0) * dropout_scale
+        ds = p * (dp + minus_d[:, None])
+        if HAS_SOFTCAP:
+            ds = ds * (1.0 - capped * capped)
+        ds = gl.convert_layout(ds.to(dtype), of_operand)
+        dq_sum = warpgroup_mma(ds, keys.index(stage), dq_sum, is_async=True)
+        dq_sum, ds = warpgroup_mma_wait(0, deps=[dq_sum, ds])
+        mbarrier.arrive(keys_free.index(stage))
+
+    dq_sum = (dq_sum * softmax_scale).to(dtype)
+    store_tile(
+        dq + skip * dq_row_stride, dq_row_stride, dq_sum, queries, num_q - first_row, HEAD_DIM
+    )
+
+
+@gluon.jit(do_not_specialize=[*NUMBERS, *("dq_batch_stride", "dq_row_stride", "dq_head_stride")])
+def backward_dq_hopper(
+    q,
+    k,
+    v,
+    dout,
+    workspace,
+    dq,
+    cu_seqlens_q,
+    cu_seqlens_k,
+    seqused_k,
+    alibi_slopes,
+    rng_state,
+    q_batch_stride: gl.int64,
+    q_row_stride: gl.int64,
+    q_head_stride: gl.int64,
+    k_batch_stride: gl.int64,
+    k_row_stride: gl.int64,
+    k_head_stride: gl.int64,
+    v_batch_stride: gl.int64,
+    v_row_stride: gl.int64,
+    v_head_stride: gl.int64,
+    dout_batch_stride: gl.int64,
+    dout_row_stride: gl.int64,
+    dout_head_stride: gl.int64,
+    dq_batch_stride: gl.int64,
+    dq_row_stride: gl.int64,
+    dq_head_stride: gl.int64,
+    workspace_rows: gl.int64,
+    slopes_batch_stride: gl.int64,
+    slopes_head_stride: gl.int64,
+    total_q: gl.int64,
+    total_k: gl.int64,
+    num_heads_k: gl.int32,
+    group_size: gl.int32,
+    seqlen_q: gl.int32,
+    seqlen_k: gl.int32,
+    window_left: gl.int32,
+    window_right: gl.int32,
+    num_tiles: gl.int32,
+    num_pairs: gl.int64,
+    pairs_at_once: gl.int32,
+    score_scale: gl.float32,
+    softcap: gl.float32,
+    softmax_scale: gl.float32,
+    dropout_threshold: gl.int32,
+    dropout_scale: gl.float32,
+    IS_VARLEN: gl.constexpr,
+    HAS_SEQUSED: gl.constexpr,
+    HAS_LEFT: gl.constexpr,
+    HAS_RIGHT: gl.constexpr,
+    HAS_SOFTCAP: gl.constexpr,
+    HAS_ALIBI: gl.constexpr,
+    HAS_DROPOUT: gl.constexpr,
+    CLEARS: gl.constexpr,
+    HEAD_DIM: gl.constexpr,
+    D0: gl.constexpr,
+    BLOCK_M: gl.constexpr,  # two groups
+    BLOCK_N: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    """As backward_dq, with k and v descriptors of (b, hk, s, d), or (1, hk, rows, d)."""
+    tile, pair = _program_order(num_tiles, num_pairs, pairs_at_once)
+    workspace_rows = workspace_rows // ROW_ALIGNMENT * ROW_ALIGNMENT  # tells the compiler
+    num_heads = num_heads_k * group_size
+    batch = pair // num_heads
+    head = pair % num_heads
+    head_k = head // group_size
+    first_q, num_q = _rows_of_sequence(cu_seqlens_q, batch, seqlen_q, total_q, IS_VARLEN)
+    first_k, num_k = _rows_of_sequence(cu_seqlens_k, batch, seqlen_k, total_k, IS_VARLEN)
+    if HAS_SEQUSED:
+        num_k = _clamped(gl.load(seqused_k + batch), num_k)
+    first_row = (num_tiles - 1 - tile) * BLOCK_M
+    if first_row >= num_q:
+        return
+    offset = num_k - num_q
+    last_row = gl.minimum(first_row + BLOCK_M, num_q)
+    begin, end = _any_visible_keys(
+        first_row, last_row, offset, num_k, window_left, window_right, HAS_LEFT, HAS_RIGHT
+    )
+    begin = begin // BLOCK_N
+    end = gl.cdiv(end, BLOCK_N)
+    q += (batch * q_batch_stride + first_q * q_row_stride + head * q_head_stride) * UNIT
+    dout += (batch * dout_batch_stride + first_q * dout_row_stride + head * dout_head_stride) * UNIT
+    dq += (batch * dq_batch_stride + first_q * dq_row_stride + head * dq_head_stride) * UNIT
+    workspace += _workspace_row(batch, first_q, seqlen_q, IS_VARLEN) + head * 2 * workspace_rows
+    slope = _alibi_slope(
+        alibi_slopes, batch, head, slopes_batch_stride, slopes_head_stride, HAS_ALIBI
+    )
+    key0 = 0
+    key1 = 0
+    if HAS_DROPOUT:
+        key0, key1 = _dropout_key(rng_state)
+    batch_k = batch.to(gl.int32)
+    if IS_VARLEN:
+        batch_k = 0
+
+    dtype: gl.constexpr = q.dtype.element_ty
+    of_rows: gl.constexpr = gl.NVMMASharedLayout.get_default_for([GROUP, D0], dtype)
+    of_keys: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_N, D0], dtype)
+    of_barriers: gl.constexpr = mbarrier.MBarrierLayout()
+    queries0 = gl.allocate_shared_memory(dtype, [GROUP, D0], of_rows)
+    queries1 = gl.allocate_shared_memory(dtype, [GROUP, D0], of_rows)
+    douts0 = gl.allocate_shared_memory(dtype, [GROUP, D0], of_rows)
+    douts1 = gl.allocate_shared_memory(dtype, [GROUP, D0], of_rows)
+    keys = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, D0], of_keys)
+    values = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, D0], of_keys)
+    keys_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], of_barriers)
+    values_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], of_barriers)
+    keys_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], of_barriers)
+    values_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], of_barriers)
+    cleared = gl.allocate_shared_memory(gl.int64, [1], of_barriers)
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(keys_full.index(stage), count=1)
+        mbarrier.init(values_full.index(stage), count=1)
+        mbarrier.init(keys_free.index(stage), count=2)
+        mbarrier.init(values_free.index(stage), count=2)
+    mbarrier.init(cleared, count=1)
+    fence_async_shared()
+
+    buffers = (keys, values, keys_full, values_full, keys_free, values_free)
+    call = (
+        (q, dout, dq, q_row_stride * UNIT, dout_row_stride * UNIT, dq_row_stride * UNIT),
+        (workspace, workspace + workspace_rows),
+        (num_q, num_k, begin, end),
+        (window_left, window_right),
+        (score_scale, softcap, softmax_scale, slope, dropout_scale),
+        (key0, key1, dropout_threshold, batch, head),
+    )
+    bringing = (
+        k, v, buffers, cleared,
+        (batch_k, first_k.to(gl.int32), head_k.to(gl.int32)), (num_k, begin, end),
+    )  # fmt: skip
+    FLAGS: gl.constexpr = (
+        HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_ALIBI, HAS_DROPOUT, HEAD_DIM, D0, BLOCK_N, STAGES,
+    )  # fmt: skip
+    gl.warp_specialize(
+        [
+            (_consume_keys, ((queries0, douts0), buffers, call, first_row, FLAGS)),
+            (_consume_keys, ((queries1, douts1), buffers, call, first_row + GROUP, FLAGS)),
+            (_produce_keys, (bringing, CLEARS, BLOCK_N, STAGES)),
+        ],
+        [4, 1],
+        [240, 24],
+    )
+    for stage in gl.static_range(STAGES):
+        mbarrier.invalidate(keys_full.index(stage))
+        mbarrier.invalidate(values_full.index(stage))
+        mbarrier.invalidate(keys_free.index(stage))
+        mbarrier.invalidate(values_free.index(stage))
+    mbarrier.invalidate(cleared)
