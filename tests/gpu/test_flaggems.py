@@ -162,25 +162,30 @@ OPTIONS = {
 @pytest.mark.parametrize("varlen", (False, True))
 @pytest.mark.parametrize("head_dim", (56, 64, 128, 248))
 @pytest.mark.parametrize("name", OPTIONS)
-def test_the_kernel_of_hopper_agrees_with_the_other(monkeypatch, name, head_dim, varlen):
-    from flash_attn.backends.flaggems import launch, plan, tiles
+def test_the_kernels_of_hopper_agree_with_the_others(monkeypatch, name, head_dim, varlen):
+    """Forward and backward, and that they are bitwise reproducible."""
+    from flash_attn.backends.flaggems import launch, plan, plan_backward, tiles
 
     q, k, v = tensors(700, 900, 6, head_dim)
     k, v = k[:, :, :2], v[:, :, :2]
     options = OPTIONS[name] | {"s_aux": torch.randn(6), "return_attn_probs": True}
     if "alibi_slopes" in options:
         options["alibi_slopes"] = torch.rand(6)
-    if varlen:  # rows of no sequence, whose keys and values are NaN
+    lengths = ()
+    if varlen:  # behind the last sequence are rows of none, whose keys and values are NaN
+        q, k, v = (x[0] for x in (q, k, v))
         cu_q, cu_k = (torch.tensor(x).int() for x in ((0, 1, 300, 680), (0, 130, 130, 777)))
-        k[:, 777:], v[:, 777:] = float("nan"), float("nan")
-        arguments = (*(x[0] for x in (q, k, v)), cu_q, cu_k, 400, 700)
+        k[777:], v[777:] = float("nan"), float("nan")
+        lengths = (cu_q, cu_k, 520, 700)
+    operands = [x.requires_grad_() for x in (q, k, v)]
+    dout = torch.randn_like(q)
+    attend = flash_attn.flash_attn_varlen_func if varlen else flash_attn.flash_attn_func
 
     def call():
         torch.manual_seed(3)
         with use_backend("flaggems"):
-            if varlen:
-                return flash_attn.flash_attn_varlen_func(*arguments, **options)[:2]
-            return flash_attn.flash_attn_func(q, k, v, **options)[:2]
+            out, lse, _ = attend(*operands, *lengths, **options)
+        return out, lse, *torch.autograd.grad(out, operands, dout)
 
     made, used, run = [], [], launch.Launch.__call__
     monkeypatch.setattr(
@@ -190,12 +195,15 @@ def test_the_kernel_of_hopper_agrees_with_the_other(monkeypatch, name, head_dim,
         if not serves:
             monkeypatch.setattr(tiles, "has_gluon", lambda capability: False)
         plan.plan_forward.cache_clear()
+        plan_backward.plan_backward.cache_clear()
         used.clear()
         made.append(call())
         assert ("attention_forward_hopper" in used) == serves
+        assert ("backward_dkdv_hopper" in used) == (serves and head_dim <= 128)
         for _ in range(10):
             assert all(map(torch.equal, call(), made[-1]))
     plan.plan_forward.cache_clear()
+    plan_backward.plan_backward.cache_clear()
     for x, y in zip(*made, strict=True):
         assert not x.isnan().any()
         assert close(x, y)

@@ -84,6 +84,7 @@ def test_against_the_reference(case):
 def test_on_hopper(case, monkeypatch):
     """What reads through tensor descriptors, where the call allows it, with the tiles there."""
     monkeypatch.setattr(runtime._runtime, "capability", lambda device: 90)
+    monkeypatch.setattr(tiles, "has_gluon", lambda capability: False)
     monkeypatch.setattr(tiles, "backward_dkdv", lambda *_: tiles.Tile(64, 64, 8, 2))
     described = []
     make = launch.descriptor

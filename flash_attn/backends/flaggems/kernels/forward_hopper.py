@@ -233,7 +233,7 @@ def _consume(
                         keys_begin, keys_end, scale, softcap, slope, dropout, row_begin,
                         part != 1, HAS_LEFT, HAS_SOFTCAP, HAS_ALIBI, HAS_DROPOUT, TRANSFORMED,
                     )  # fmt: skip
-                    acc = warpgroup_mma_wait(0, deps=[acc])
+                    acc, operand = warpgroup_mma_wait(0, deps=[acc, operand])
                     mbarrier.arrive(values_free.index(before))
                     acc = acc * gl.convert_layout(factor, of_out_row)[:, None]
         before = (num_blocks - 1) % STAGES
