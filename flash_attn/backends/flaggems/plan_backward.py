@@ -216,7 +216,7 @@ def plan_backward(call: BackwardCall) -> BackwardPlan:
     d0, d1 = pieces(head_dim, unit)
     described = _has_described_operands(call)
     every_row_sees_a_key = window_right < 0 or call.seqlen_k - call.seqlen_q + window_right >= 0
-    hopper = described and unit == 8 and 32 < head_dim <= 128 and tiles.has_gluon(call.capability)
+    hopper = described and unit == 8 and head_dim > 32 and tiles.has_gluon(call.capability)
     if hopper:
         d0, d1 = max(64, 1 << (head_dim - 1).bit_length()), 0
     else:

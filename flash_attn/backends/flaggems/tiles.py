@@ -161,6 +161,7 @@ _BACKWARD_DQ = {
 _BACKWARD_HOPPER = {
     64: (Tile(64, 128, 4, 2), Tile(128, 128, 4, 2)),
     128: (Tile(64, 128, 4, 2), Tile(128, 64, 4, 3)),
+    256: (Tile(64, 64, 4, 2), Tile(64, 64, 4, 2)),
 }
 
 
@@ -187,7 +188,7 @@ def backward_dq(capability: int, head_dim: int, has_features: bool = False) -> T
 
 
 def backward_hopper(head_dim: int) -> tuple[Tile, Tile]:
-    """The tiles of the backward kernels of Hopper, of dK and dV and of dQ; head_dim: up to 128."""
+    """The tiles of the backward kernels of Hopper, of dK and dV and of dQ; head_dim: D0."""
     return _BACKWARD_HOPPER[head_dim]
 
 

@@ -89,8 +89,12 @@ def _produce_rows(call, CLEARS: gl.constexpr, BLOCK_M: gl.constexpr, STAGES: gl.
 
 
 @gluon.jit
-def _consume_rows(tiles, buffers, call, first_key, FLAGS: gl.constexpr):
-    """dK and dV of the GROUP keys from first_key on."""
+def _consume_rows(
+    tiles, buffers, call, first_key, HAS_DK: gl.constexpr, HAS_DV: gl.constexpr, FLAGS: gl.constexpr
+):
+    """dK and dV of the GROUP keys from first_key on, or one of the two: then the other group has
+    the other, and they share the tiles, of which each loads one.
+    """
     HAS_LEFT: gl.constexpr = FLAGS[0]
     HAS_RIGHT: gl.constexpr = FLAGS[1]
     HAS_SOFTCAP: gl.constexpr = FLAGS[2]
@@ -100,7 +104,7 @@ def _consume_rows(tiles, buffers, call, first_key, FLAGS: gl.constexpr):
     D0: gl.constexpr = FLAGS[6]
     BLOCK_M: gl.constexpr = FLAGS[7]
     STAGES: gl.constexpr = FLAGS[8]
-    keys, values = tiles
+    keys, values, tiles_full = tiles
     queries, douts, minus_lses, minus_ds, q_full, dout_full, free = buffers
     operands, place, sizes, window, numbers, alibi, dropout = call
     k, v, dk, dv, k_row_stride, v_row_stride, dk_row_stride, dv_row_stride = operands
@@ -117,13 +121,20 @@ def _consume_rows(tiles, buffers, call, first_key, FLAGS: gl.constexpr):
     of_row: gl.constexpr = gl.SliceLayout(0, of_scores)
 
     skip = first_key.to(gl.int64)
-    load_tile(keys, k + skip * k_row_stride, k_row_stride, 0, num_k - first_key, HEAD_DIM)
-    load_tile(values, v + skip * v_row_stride, v_row_stride, 0, num_k - first_key, HEAD_DIM)
+    if HAS_DV:
+        load_tile(keys, k + skip * k_row_stride, k_row_stride, 0, num_k - first_key, HEAD_DIM)
+    if HAS_DK:
+        load_tile(values, v + skip * v_row_stride, v_row_stride, 0, num_k - first_key, HEAD_DIM)
+    if not (HAS_DK and HAS_DV):
+        mbarrier.arrive(tiles_full)
+        mbarrier.wait(tiles_full, 0)
     key = first_key + gl.arange(0, GROUP, gl.SliceLayout(1, of_scores))
     step = gl.arange(0, BLOCK_M, of_row)
     zeros = gl.full([GROUP, BLOCK_M], 0.0, gl.float32, of_scores)
-    dk_sum = gl.full([GROUP, D0], 0.0, gl.float32, of_gradient)
-    dv_sum = gl.full([GROUP, D0], 0.0, gl.float32, of_gradient)
+    if HAS_DK:
+        dk_sum = gl.full([GROUP, D0], 0.0, gl.float32, of_gradient)
+    if HAS_DV:
+        dv_sum = gl.full([GROUP, D0], 0.0, gl.float32, of_gradient)
     n = 0
     for i in range(group_size):
         head = (head_k * group_size + i).to(gl.int64)
@@ -136,14 +147,17 @@ def _consume_rows(tiles, buffers, call, first_key, FLAGS: gl.constexpr):
             start = block * BLOCK_M
             mbarrier.wait(q_full.index(stage), phase)
             minus_lse = minus_lses.index(stage).load(of_row)
-            minus_d = minus_ds.index(stage).load(of_row)
             # What is to be added is where the products begin, which costs no registers.
             s, zeros = gl.broadcast(zeros if HAS_SOFTCAP else minus_lse[None, :], zeros)
-            dp, zeros = gl.broadcast(zeros if HAS_DROPOUT else minus_d[None, :], zeros)
             s = warpgroup_mma(keys, queries.index(stage).permute((1, 0)), s, is_async=True)
             mbarrier.wait(dout_full.index(stage), phase)
-            dp = warpgroup_mma(values, douts.index(stage).permute((1, 0)), dp, is_async=True)
-            s = warpgroup_mma_wait(1, deps=[s])
+            if HAS_DK:
+                minus_d = minus_ds.index(stage).load(of_row)
+                dp, zeros = gl.broadcast(zeros if HAS_DROPOUT else minus_d[None, :], zeros)
+                dp = warpgroup_mma(values, douts.index(stage).permute((1, 0)), dp, is_async=True)
+                s = warpgroup_mma_wait(1, deps=[s])
+            else:
+                s = warpgroup_mma_wait(0, deps=[s])
             row = start + step
             distance = 0.0
             if HAS_ALIBI:
@@ -167,31 +181,44 @@ def _consume_rows(tiles, buffers, call, first_key, FLAGS: gl.constexpr):
                         step[None, :] > (key - offset + window_left - start)[:, None], 0.0, p
                     )
             weight = p
-            dp = warpgroup_mma_wait(0, deps=[dp])
+            if HAS_DK:
+                dp = warpgroup_mma_wait(0, deps=[dp])
             if HAS_DROPOUT:
                 keeps = dropout_keeps_transposed(
                     key0, key1, threshold, batch, head, start, first_key, BLOCK_M
                 )
-                weight = gl.where(keeps, p, 0.0)
-                dp = gl.where(keeps, dp, 0.0) * dropout_scale + minus_d[None, :]
-            weight = gl.convert_layout(weight.to(dtype), of_operand)
-            dv_sum = warpgroup_mma(weight, douts.index(stage), dv_sum, is_async=True)
-            ds = p * dp
-            if HAS_SOFTCAP:
-                ds = ds * (1.0 - capped * capped)
-            ds = gl.convert_layout(ds.to(dtype), of_operand)
-            dk_sum = warpgroup_mma(ds, queries.index(stage), dk_sum, is_async=True)
-            dv_sum, dk_sum, weight, ds = warpgroup_mma_wait(0, deps=[dv_sum, dk_sum, weight, ds])
+                if HAS_DV:
+                    weight = gl.where(keeps, p, 0.0)
+                if HAS_DK:
+                    dp = gl.where(keeps, dp, 0.0) * dropout_scale + minus_d[None, :]
+            if HAS_DV:
+                weight = gl.convert_layout(weight.to(dtype), of_operand)
+                dv_sum = warpgroup_mma(weight, douts.index(stage), dv_sum, is_async=True)
+            if HAS_DK:
+                ds = p * dp
+                if HAS_SOFTCAP:
+                    ds = ds * (1.0 - capped * capped)
+                ds = gl.convert_layout(ds.to(dtype), of_operand)
+                dk_sum = warpgroup_mma(ds, queries.index(stage), dk_sum, is_async=True)
+                dk_sum, ds = warpgroup_mma_wait(0, deps=[dk_sum, ds])
+            if HAS_DV:
+                dv_sum, weight = warpgroup_mma_wait(0, deps=[dv_sum, weight])
             mbarrier.arrive(free.index(stage))
             n += 1
 
     # Keys behind seqused_k have no gradient, whatever was computed for them.
     in_use = (first_key + gl.arange(0, GROUP, gl.SliceLayout(1, of_gradient)) < num_k)[:, None]
-    dk_sum = gl.where(in_use, dk_sum * softmax_scale, 0.0).to(dtype)
-    dv_sum = gl.where(in_use, dv_sum * dropout_scale, 0.0).to(dtype)
     rows = num_rows - first_key
-    store_tile(dk + skip * dk_row_stride, dk_row_stride, dk_sum, keys, rows, HEAD_DIM)
-    store_tile(dv + skip * dv_row_stride, dv_row_stride, dv_sum, values, rows, HEAD_DIM)
+    if not (HAS_DK and HAS_DV):
+        mbarrier.arrive(tiles_full)
+    if HAS_DK:
+        dk_sum = gl.where(in_use, dk_sum * softmax_scale, 0.0).to(dtype)
+        store_tile(dk + skip * dk_row_stride, dk_row_stride, dk_sum, values, rows, HEAD_DIM)
+    if HAS_DV:
+        dv_sum = gl.where(in_use, dv_sum * dropout_scale, 0.0).to(dtype)
+        if not HAS_DK:  # the other group may still read them
+            mbarrier.wait(tiles_full, 1)
+        store_tile(dv + skip * dv_row_stride, dv_row_stride, dv_sum, keys, rows, HEAD_DIM)
 
 
 @gluon.jit(
@@ -262,7 +289,7 @@ def backward_dkdv_hopper(
     HEAD_DIM: gl.constexpr,
     D0: gl.constexpr,
     BLOCK_M: gl.constexpr,
-    BLOCK_N: gl.constexpr,  # two groups
+    BLOCK_N: gl.constexpr,  # of two groups, or one that they share
     STAGES: gl.constexpr,
 ):
     """As backward_dkdv, with q and dout descriptors of (b, h, s, d), or (1, h, rows, d)."""
@@ -310,9 +337,14 @@ def backward_dkdv_hopper(
     of_numbers: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     of_barriers: gl.constexpr = mbarrier.MBarrierLayout()
     keys0 = gl.allocate_shared_memory(dtype, [GROUP, D0], of_keys)
-    keys1 = gl.allocate_shared_memory(dtype, [GROUP, D0], of_keys)
     values0 = gl.allocate_shared_memory(dtype, [GROUP, D0], of_keys)
-    values1 = gl.allocate_shared_memory(dtype, [GROUP, D0], of_keys)
+    # With one tile for both groups, one of them has dK and the other dV.
+    SHARES: gl.constexpr = BLOCK_N == GROUP
+    keys1 = keys0
+    values1 = values0
+    if not SHARES:
+        keys1 = gl.allocate_shared_memory(dtype, [GROUP, D0], of_keys)
+        values1 = gl.allocate_shared_memory(dtype, [GROUP, D0], of_keys)
     queries = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_M, D0], of_rows)
     douts = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_M, D0], of_rows)
     minus_lses = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_M], of_numbers)
@@ -321,11 +353,13 @@ def backward_dkdv_hopper(
     dout_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], of_barriers)
     free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], of_barriers)
     cleared = gl.allocate_shared_memory(gl.int64, [1], of_barriers)
+    tiles_full = gl.allocate_shared_memory(gl.int64, [1], of_barriers)
     for stage in gl.static_range(STAGES):
         mbarrier.init(q_full.index(stage), count=2)  # copies, and numbers
         mbarrier.init(dout_full.index(stage), count=1)
         mbarrier.init(free.index(stage), count=2)
     mbarrier.init(cleared, count=1)
+    mbarrier.init(tiles_full, count=2)
     fence_async_shared()
 
     buffers = (queries, douts, minus_lses, minus_ds, q_full, dout_full, free)
@@ -349,10 +383,17 @@ def backward_dkdv_hopper(
     FLAGS: gl.constexpr = (
         HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_ALIBI, HAS_DROPOUT, HEAD_DIM, D0, BLOCK_M, STAGES,
     )  # fmt: skip
+    other_key = first_key if SHARES else first_key + GROUP
     gl.warp_specialize(
         [
-            (_consume_rows, ((keys0, values0), buffers, call, first_key, FLAGS)),
-            (_consume_rows, ((keys1, values1), buffers, call, first_key + GROUP, FLAGS)),
+            (
+                _consume_rows,
+                ((keys0, values0, tiles_full), buffers, call, first_key, True, not SHARES, FLAGS),
+            ),
+            (
+                _consume_rows,
+                ((keys1, values1, tiles_full), buffers, call, other_key, not SHARES, True, FLAGS),
+            ),
             (_produce_rows, (bringing, CLEARS, BLOCK_M, STAGES)),
         ],
         [4, 1],
@@ -363,6 +404,7 @@ def backward_dkdv_hopper(
         mbarrier.invalidate(dout_full.index(stage))
         mbarrier.invalidate(free.index(stage))
     mbarrier.invalidate(cleared)
+    mbarrier.invalidate(tiles_full)
 
 
 @gluon.jit
@@ -398,8 +440,13 @@ def _produce_keys(call, CLEARS: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.
 
 
 @gluon.jit
-def _consume_keys(tiles, buffers, call, first_row, FLAGS: gl.constexpr):
-    """dQ of the GROUP rows from first_row on."""
+def _consume_keys(
+    tiles, buffers, call, first_row, EVERY: gl.constexpr, GROUP_INDEX: gl.constexpr,
+    FLAGS: gl.constexpr,
+):  # fmt: skip
+    """dQ of the GROUP rows from first_row on, by every block of keys, or by every second, beginning
+    with GROUP_INDEX: then the groups share the rows, and the first adds up both sums.
+    """
     HAS_LEFT: gl.constexpr = FLAGS[0]
     HAS_RIGHT: gl.constexpr = FLAGS[1]
     HAS_SOFTCAP: gl.constexpr = FLAGS[2]
@@ -409,7 +456,7 @@ def _consume_keys(tiles, buffers, call, first_row, FLAGS: gl.constexpr):
     D0: gl.constexpr = FLAGS[6]
     BLOCK_N: gl.constexpr = FLAGS[7]
     STAGES: gl.constexpr = FLAGS[8]
-    queries, douts = tiles
+    queries, douts, tiles_full = tiles
     keys, values, keys_full, values_full, keys_free, values_free = buffers
     operands, workspace, sizes, window, numbers, dropout = call
     q, dout, dq, q_row_stride, dout_row_stride, dq_row_stride = operands
@@ -431,8 +478,14 @@ def _consume_keys(tiles, buffers, call, first_row, FLAGS: gl.constexpr):
     row_begin -= first_row
     row_end -= first_row
     skip = first_row.to(gl.int64)
-    load_tile(queries, q + skip * q_row_stride, q_row_stride, row_begin, row_end, HEAD_DIM)
-    load_tile(douts, dout + skip * dout_row_stride, dout_row_stride, row_begin, row_end, HEAD_DIM)
+    if EVERY == 1 or GROUP_INDEX == 0:
+        load_tile(queries, q + skip * q_row_stride, q_row_stride, row_begin, row_end, HEAD_DIM)
+    dout += skip * dout_row_stride
+    if EVERY == 1 or GROUP_INDEX == 1:
+        load_tile(douts, dout, dout_row_stride, row_begin, row_end, HEAD_DIM)
+    if EVERY == 2:
+        mbarrier.arrive(tiles_full)
+        mbarrier.wait(tiles_full, 0)
     row = first_row + gl.arange(0, GROUP, of_row)
     step = gl.arange(0, BLOCK_N, gl.SliceLayout(0, of_scores))
     # As prepare writes it: in the units of what it is added to in backward_dkdv. The workspace has
@@ -454,7 +507,7 @@ def _consume_keys(tiles, buffers, call, first_row, FLAGS: gl.constexpr):
         keys_end = gl.minimum(row + offset + window_right + 1, num_k)
     zeros = gl.full([GROUP, BLOCK_N], 0.0, gl.float32, of_scores)
     dq_sum = gl.full([GROUP, D0], 0.0, gl.float32, of_gradient)
-    for block in range(begin, end):
+    for block in range(begin + (GROUP_INDEX if EVERY == 2 else 0), end, EVERY):
         n = block - begin
         stage = n % STAGES
         phase = (n // STAGES) & 1
@@ -493,10 +546,22 @@ def _consume_keys(tiles, buffers, call, first_row, FLAGS: gl.constexpr):
         dq_sum, ds = warpgroup_mma_wait(0, deps=[dq_sum, ds])
         mbarrier.arrive(keys_free.index(stage))
 
-    dq_sum = (dq_sum * softmax_scale).to(dtype)
-    store_tile(
-        dq + skip * dq_row_stride, dq_row_stride, dq_sum, queries, num_q - first_row, HEAD_DIM
-    )
+    if EVERY == 2:
+        # Once both groups are done with the values, the second leaves its sum there.
+        mbarrier.arrive(tiles_full)
+        mbarrier.wait(tiles_full, 1)
+        of_sums: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+        sums = values._reinterpret(gl.float32, [GROUP, D0], of_sums)
+        if GROUP_INDEX == 1:
+            sums.store(dq_sum)
+        mbarrier.arrive(tiles_full)
+        if GROUP_INDEX == 0:
+            mbarrier.wait(tiles_full, 0)
+            dq_sum += sums.load(of_gradient)
+    if EVERY == 1 or GROUP_INDEX == 0:
+        dq_sum = (dq_sum * softmax_scale).to(dtype)
+        dq += skip * dq_row_stride
+        store_tile(dq, dq_row_stride, dq_sum, queries, num_q - first_row, HEAD_DIM)
 
 
 @gluon.jit(do_not_specialize=[*NUMBERS, *("dq_batch_stride", "dq_row_stride", "dq_head_stride")])
@@ -556,7 +621,7 @@ def backward_dq_hopper(
     CLEARS: gl.constexpr,
     HEAD_DIM: gl.constexpr,
     D0: gl.constexpr,
-    BLOCK_M: gl.constexpr,  # two groups
+    BLOCK_M: gl.constexpr,  # of two groups, or one that they share
     BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr,
 ):
@@ -601,9 +666,14 @@ def backward_dq_hopper(
     of_keys: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_N, D0], dtype)
     of_barriers: gl.constexpr = mbarrier.MBarrierLayout()
     queries0 = gl.allocate_shared_memory(dtype, [GROUP, D0], of_rows)
-    queries1 = gl.allocate_shared_memory(dtype, [GROUP, D0], of_rows)
     douts0 = gl.allocate_shared_memory(dtype, [GROUP, D0], of_rows)
-    douts1 = gl.allocate_shared_memory(dtype, [GROUP, D0], of_rows)
+    # With one tile for both groups, each of them has every second block of keys.
+    EVERY: gl.constexpr = 2 if BLOCK_M == GROUP else 1
+    queries1 = queries0
+    douts1 = douts0
+    if EVERY == 1:
+        queries1 = gl.allocate_shared_memory(dtype, [GROUP, D0], of_rows)
+        douts1 = gl.allocate_shared_memory(dtype, [GROUP, D0], of_rows)
     keys = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, D0], of_keys)
     values = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, D0], of_keys)
     keys_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], of_barriers)
@@ -611,12 +681,14 @@ def backward_dq_hopper(
     keys_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], of_barriers)
     values_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], of_barriers)
     cleared = gl.allocate_shared_memory(gl.int64, [1], of_barriers)
+    tiles_full = gl.allocate_shared_memory(gl.int64, [1], of_barriers)
     for stage in gl.static_range(STAGES):
         mbarrier.init(keys_full.index(stage), count=1)
         mbarrier.init(values_full.index(stage), count=1)
-        mbarrier.init(keys_free.index(stage), count=2)
-        mbarrier.init(values_free.index(stage), count=2)
+        mbarrier.init(keys_free.index(stage), count=2 // EVERY)
+        mbarrier.init(values_free.index(stage), count=2 // EVERY)
     mbarrier.init(cleared, count=1)
+    mbarrier.init(tiles_full, count=2)
     fence_async_shared()
 
     buffers = (keys, values, keys_full, values_full, keys_free, values_free)
@@ -635,10 +707,17 @@ def backward_dq_hopper(
     FLAGS: gl.constexpr = (
         HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_ALIBI, HAS_DROPOUT, HEAD_DIM, D0, BLOCK_N, STAGES,
     )  # fmt: skip
+    other_row = first_row + GROUP if EVERY == 1 else first_row
     gl.warp_specialize(
         [
-            (_consume_keys, ((queries0, douts0), buffers, call, first_row, FLAGS)),
-            (_consume_keys, ((queries1, douts1), buffers, call, first_row + GROUP, FLAGS)),
+            (
+                _consume_keys,
+                ((queries0, douts0, tiles_full), buffers, call, first_row, EVERY, 0, FLAGS),
+            ),
+            (
+                _consume_keys,
+                ((queries1, douts1, tiles_full), buffers, call, other_row, EVERY, 1, FLAGS),
+            ),
             (_produce_keys, (bringing, CLEARS, BLOCK_N, STAGES)),
         ],
         [4, 1],
@@ -650,3 +729,4 @@ def backward_dq_hopper(
         mbarrier.invalidate(keys_free.index(stage))
         mbarrier.invalidate(values_free.index(stage))
     mbarrier.invalidate(cleared)
+    mbarrier.invalidate(tiles_full)
