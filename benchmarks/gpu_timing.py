@@ -14,6 +14,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +25,7 @@ from flash_attn.cli import timing
 from flash_attn.cli.cases import Case, Features, Inputs, gradients
 
 DEVICE = torch.device("cuda")
+WARMING_SECONDS = 0.4
 PEERS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
 
 
@@ -52,6 +54,11 @@ def alternate(sides, rounds, sample_seconds, timer=timing.timed):
             if name == "ours":
                 raise
             failures[name] = str(error).partition("\n")[0]
+    # A GPU that was idle, as while a kernel was compiled, takes a while to reach its clock.
+    until = time.monotonic() + WARMING_SECONDS
+    while time.monotonic() < until:
+        for name, count in calls.items():
+            timer(sides[name], count, DEVICE)
     samples = {name: [] for name in calls}
     for _ in range(rounds):
         for name, count in calls.items():

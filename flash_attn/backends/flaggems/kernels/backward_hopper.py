@@ -528,11 +528,6 @@ def _consume_keys(
             s * score_scale, distance, softcap, slope, HAS_SOFTCAP, HAS_ALIBI
         )
         p = gl.exp2(score + minus_lse[:, None])
-        if (start < whole_begin) | (start + BLOCK_N > whole_end):
-            sees = step[None, :] < (keys_end - start)[:, None]
-            if HAS_LEFT:
-                sees = sees & (step[None, :] >= (keys_begin - start)[:, None])
-            p = gl.where(sees, p, 0.0)
         dp = warpgroup_mma_wait(0, deps=[dp])
         mbarrier.arrive(values_free.index(stage))
         if HAS_DROPOUT:
@@ -541,6 +536,11 @@ def _consume_keys(
         ds = p * (dp + minus_d[:, None])
         if HAS_SOFTCAP:
             ds = ds * (1.0 - capped * capped)
+        if (start < whole_begin) | (start + BLOCK_N > whole_end):
+            sees = step[None, :] < (keys_end - start)[:, None]
+            if HAS_LEFT:
+                sees = sees & (step[None, :] >= (keys_begin - start)[:, None])
+            ds = gl.where(sees, ds, 0.0)
         ds = gl.convert_layout(ds.to(dtype), of_operand)
         dq_sum = warpgroup_mma(ds, keys.index(stage), dq_sum, is_async=True)
         dq_sum, ds = warpgroup_mma_wait(0, deps=[dq_sum, ds])
