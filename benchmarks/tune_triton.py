@@ -10,8 +10,8 @@ backward pass is timed whole: of its two large kernels one is varied, the other 
   python benchmarks/tune_triton.py --kernels dq --head-dim 128 --tiles 128,64,8,3 128,128,8,2
 
 Tiles are block_m,block_n,num_warps,num_stages; of dkdv and dq with ",pointers" behind them (no
-tensor descriptors), of forward with ",hopper" (the kernel in Gluon, which has 128 rows). "" is what
-the table says.
+tensor descriptors), all with ",hopper" (the kernels in Gluon, two groups of num_warps). "" is what the
+tables say.
 """
 
 import argparse
@@ -54,31 +54,45 @@ VARIANTS = {
     "dkdv": {
         64: (
             *("128,128,8,2", "64,128,8,3", "64,64,4,2", "64,64,4,3", "128,64,4,2", "128,64,4,3"),
-            *("128,64,4,2,pointers", "64,64,4,3,pointers"),
+            *(
+                "128,64,4,2,pointers",
+                "64,64,4,3,pointers",
+                "64,128,4,2,hopper",
+                "64,128,4,3,hopper",
+            ),
         ),
         128: (
             *("64,128,8,2", "64,128,8,3", "32,128,8,3", "64,64,4,2", "64,64,4,3", "32,64,4,3"),
-            *("64,64,4,2,pointers", "32,64,4,3,pointers"),
+            *("64,64,4,2,pointers", "32,64,4,3,pointers", "64,128,4,2,hopper", "32,128,4,3,hopper"),
         ),
-        256: ("64,64,8,2", "32,64,8,3", "128,64,8,1", "32,64,8,2,pointers"),
+        256: ("64,64,8,2", "32,64,8,3", "128,64,8,1", "32,64,8,2,pointers", "64,64,4,2,hopper"),
     },
     "dq": {
-        64: ("128,128,8,3", "128,64,8,3", "128,64,4,3", "64,64,4,3", "128,64,4,3,pointers"),
-        128: ("128,64,8,3", "128,128,8,2", "64,64,4,2", "64,64,4,3", "128,64,8,3,pointers"),
-        256: ("64,64,8,2", "64,32,4,3", "128,32,8,2", "128,64,8,1", "64,32,8,3"),
+        64: (
+            *("128,128,8,3", "128,64,8,3", "128,64,4,3", "64,64,4,3", "128,64,4,3,pointers"),
+            *("128,128,4,2,hopper", "128,64,4,3,hopper"),
+        ),
+        128: (
+            *("128,64,8,3", "128,128,8,2", "64,64,4,2", "64,64,4,3", "128,64,8,3,pointers"),
+            *("128,64,4,3,hopper", "128,128,4,2,hopper"),
+        ),
+        256: (
+            *("64,64,8,2", "64,32,4,3", "128,32,8,2", "128,64,8,1", "64,32,8,3"),
+            "64,64,4,2,hopper",
+        ),
     },
 }
 FUNCTIONS = {"forward": "forward", "dkdv": "backward_dkdv", "dq": "backward_dq"}
 
 
 @functools.cache
-def planner(function, variant):
+def planner(function, kernel, variant):
     """A planner with a memory of its own for a variant: it remembers tiles with its plans."""
     return functools.lru_cache(function.__wrapped__)
 
 
 @contextlib.contextmanager
-def chosen(kernel, variant):
+def chosen(kernel, variant, head_dim):
     """Calls within use the variant of the kernel."""
     if not variant:
         yield
@@ -90,22 +104,30 @@ def chosen(kernel, variant):
         def replace(name, value):
             stack.enter_context(mock.patch.object(tiles, name, lambda *_: value))
 
-        replace(FUNCTIONS[kernel], tile)
-        if kernel == "forward":
+        replace("has_gluon", "hopper" in words)
+        if "hopper" not in words:
+            replace(FUNCTIONS[kernel], tile)
+        elif kernel == "forward":
             replace("forward_hopper", tile)
-            replace("has_gluon", "hopper" in words)
-            plans = attention, "plan_forward", planner(plan.plan_forward, variant)
+        else:  # the other of the two has its usual tile
+            dkdv, dq = tiles.backward_hopper(head_dim)
+            replace("backward_hopper", (tile, dq) if kernel == "dkdv" else (dkdv, tile))
+        if kernel == "forward":
+            plans = attention, "plan_forward", planner(plan.plan_forward, kernel, variant)
         else:
-            plans = gradients, "plan_backward", planner(plan_backward.plan_backward, variant)
+            plans = (
+                *(gradients, "plan_backward"),
+                planner(plan_backward.plan_backward, kernel, variant),
+            )
         stack.enter_context(mock.patch.object(*plans))
         if "pointers" in words:
             replace("has_descriptors", False)
         yield
 
 
-def variant_of(kernel, variant, function):
+def variant_of(kernel, variant, head_dim, function):
     def call():
-        with chosen(kernel, variant):
+        with chosen(kernel, variant, head_dim):
             return function()
 
     return call
@@ -150,7 +172,7 @@ def check(item):
     for causal in (False, True):
         torch.manual_seed(0)
         problem = Attention(2, 3, 333, head_dim, causal, getattr(torch, dtype))
-        with chosen(kernel, variant):
+        with chosen(kernel, variant, head_dim):
             if kernel == "forward":
                 ours, peer = [problem.ours_forward()], [problem.peer_forward()]
                 exact = [F.scaled_dot_product_attention(*_double(problem), is_causal=causal)]
@@ -197,7 +219,7 @@ def main():
                     problem = Attention(*shape, causal, getattr(torch, args.dtype))
                     ours, sides = problem.sides(kernel)
                     peers = list(sides)
-                    sides |= {x: variant_of(kernel, x, ours) for x in variants}
+                    sides |= {x: variant_of(kernel, x, head_dim, ours) for x in variants}
                     samples, failures = gpu_timing.alternate(
                         sides, args.rounds, args.sample_seconds
                     )
