@@ -146,7 +146,7 @@ def _consume(
     row_begin,
     my_turn,
     other_turn,
-    IS_FIRST: gl.constexpr,
+    is_first,  # 1 or 0, no constant, so that both groups are one function to the compiler
     FLAGS: gl.constexpr,
 ):
     """Attention of the GROUP rows from row_begin on.
@@ -208,7 +208,8 @@ def _consume(
         # of one beside the output of the one before it, whose probabilities are carried as float32,
         # since halves of registers would have to be put together again.
         for part in gl.static_range(3):
-            if part < 2 or HAS_LEFT:
+            # Without an end of the window only the block above can be behind.
+            if (part > 0 or HAS_RIGHT) and (part < 2 or HAS_LEFT):
                 first = gl.maximum(0 if part == 0 else num_behind if part == 1 else num_until, 1)
                 end = num_behind if part == 0 else num_until if part == 1 else num_blocks
                 for i in range(first, end):
@@ -216,7 +217,7 @@ def _consume(
                     before = (i - 1) % STAGES
                     operand = gl.convert_layout(p.to(dtype), of_p)
                     if HAS_ALIBI:
-                        mbarrier.wait(my_turn, (i - 1 + IS_FIRST) & 1)
+                        mbarrier.wait(my_turn, (i - 1 + is_first) & 1)
                     mbarrier.wait(keys_full.index(stage), (i // STAGES) & 1)
                     score = warpgroup_mma(
                         queries, keys.index(stage).permute((1, 0)), zeros, use_acc=False,
@@ -444,8 +445,11 @@ def attention_forward_hopper(
     HAS_END: gl.constexpr = VARLEN_K or HAS_SEQUSED
     gl.warp_specialize(
         [
-            (_consume, (queries0, buffers, call, row_begin, turn0, turn1, True, FLAGS)),
-            (_consume, (queries1, buffers, call, row_begin + GROUP, turn1, turn0, False, FLAGS)),
+            (_consume, (queries0, buffers, call, row_begin, turn0, turn1, gl.to_tensor(1), FLAGS)),
+            (
+                _consume,
+                (queries1, buffers, call, row_begin + GROUP, turn1, turn0, gl.to_tensor(0), FLAGS),
+            ),
             (_produce, (bringing, HAS_END, BLOCK_N, STAGES)),
         ],
         [4, 1],
