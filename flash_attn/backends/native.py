@@ -14,47 +14,15 @@ import torch
 from torch import Tensor, contiguous_format, empty_like, get_num_threads
 
 from flash_attn import _core
+from flash_attn.backends.allocation import row_vector
 from flash_attn.backends.interface import Options, Sequences
 
 # The handle of a device's current stream, as an integer; in builds of torch that have streams.
 _current_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 
-# An empty tensor of each device, by index (-1 is the CPU): `new_empty` of a tensor of the right
-# dtype is the cheapest way to a new one.
-_FLOAT32 = {-1: torch.empty(0, dtype=torch.float32, device="cpu")}
-
-
 # Where a workspace would be, and its size; and the index of the two among the arguments.
 _NO_WORKSPACE = (0, 0)
 _WORKSPACE_INDEX, _BACKWARD_WORKSPACE_INDEX = 11, 17
-
-
-def _like_float32(q: Tensor) -> Tensor:
-    """An empty float32 tensor on the device of q."""
-    try:
-        return _FLOAT32[q.get_device()]
-    except KeyError:
-        with torch.inference_mode(False):
-            return _FLOAT32.setdefault(
-                q.get_device(), torch.empty(0, dtype=torch.float32, device=q.device)
-            )
-
-
-def _row_vector(q: Tensor, variable_length: bool) -> Tensor:
-    """An uninitialised float32 for each query row: (b, h, sq), or (h, tq) for variable length."""
-    try:
-        if variable_length:
-            total_q, num_heads, _ = q.shape
-            return _like_float32(q).new_empty(num_heads, total_q)
-        batch, seqlen_q, num_heads, _ = q.shape
-        return _like_float32(q).new_empty(batch, num_heads, seqlen_q)
-    except ValueError:
-        expected = (
-            "(total_q, num_heads, head_dim)"
-            if variable_length
-            else "(batch_size, seqlen_q, num_heads, head_dim)"
-        )
-        raise RuntimeError(f"q must have shape {expected}, but got {tuple(q.shape)}") from None
 
 
 def _stream(q: Tensor) -> int:
@@ -112,7 +80,7 @@ def forward(
     return_lse: bool = True,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Attention forward; see `Backend.forward`."""
-    softmax_lse = _row_vector(q, sequences is not None) if return_lse else None
+    softmax_lse = row_vector(q, sequences is not None) if return_lse else None
     if out is None:
         out = empty_like(q)
     (
@@ -247,7 +215,7 @@ def kvcache(
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention over a cache, appended to first; see `Backend.kvcache`."""
-    softmax_lse = _row_vector(q, False)
+    softmax_lse = row_vector(q, False)
     if out is None:
         out = empty_like(q)
     arguments = (

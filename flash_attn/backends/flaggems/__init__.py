@@ -14,32 +14,26 @@ from types import ModuleType
 import torch
 from torch import Tensor, empty_like
 
+from flash_attn.backends.allocation import row_vector
 from flash_attn.backends.flaggems import check, own_operator, runtime
 from flash_attn.backends.interface import Options, Sequences
+
+
+@functools.cache
+def _is_type_of(device: torch.device, device_type: str) -> bool:
+    """Remembered, as asking a device for its type makes a string."""
+    return device.type == device_type
 
 
 def _runtime_of(x: Tensor) -> runtime.Runtime:
     """The runtime, which must know the device of x."""
     where = runtime.current()
-    if x.device.type != where.device_type:
+    if not _is_type_of(x.device, where.device_type):
         raise RuntimeError(
             f"flash_attn: FlagGems serves devices of type {where.device_type} ({where.vendor}) "
             f"here, but the tensors are on {x.device}"
         )
     return where
-
-
-def _row_vector(q: Tensor, variable_length: bool) -> Tensor:
-    """An uninitialised float32 for each query row: (b, h, sq), or (h, tq) for variable length."""
-    shape = q.shape
-    if len(shape) != (3 if variable_length else 4):
-        rows = "total_q" if variable_length else "batch_size, seqlen_q"
-        raise RuntimeError(f"q must have shape ({rows}, num_heads, head_dim), but got {(*shape,)}")
-    if variable_length:
-        total_q, num_heads, _ = shape
-        return q.new_empty((num_heads, total_q), dtype=torch.float32)
-    batch, seqlen_q, num_heads, _ = shape
-    return q.new_empty((batch, num_heads, seqlen_q), dtype=torch.float32)
 
 
 @functools.cache
@@ -74,7 +68,7 @@ def forward(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Attention forward; see `Backend.forward`."""
     where = _runtime_of(q)
-    softmax_lse = _row_vector(q, sequences is not None)
+    softmax_lse = row_vector(q, sequences is not None)
     result = empty_like(q) if out is None else out
     s_dmask = None
     if return_s_dmask and options.dropout_p > 0:
@@ -109,7 +103,7 @@ def backward(
 ) -> Tensor:
     """Attention backward; see `Backend.backward`."""
     _runtime_of(q)
-    softmax_d = _row_vector(q, sequences is not None)
+    softmax_d = row_vector(q, sequences is not None)
     check.backward(
         dout,
         q,
@@ -165,7 +159,7 @@ def kvcache(
     _runtime_of(q)
     if out is None:
         out = empty_like(q)
-    softmax_lse = _row_vector(q, False)
+    softmax_lse = row_vector(q, False)
     check.kvcache(
         q,
         k_cache,

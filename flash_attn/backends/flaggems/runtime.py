@@ -37,6 +37,10 @@ class Runtime:
         self.is_nvidia = self.vendor == "nvidia"
         self.device_type: str = flag_gems.device
         self._devices = importlib.import_module("flag_gems.runtime").torch_device_fn
+        self._current_device = self._devices.current_device
+        if self._devices is torch.cuda and hasattr(torch._C, "_cuda_getDevice"):
+            # Without a look whether CUDA is initialised, which it is where there are tensors.
+            self._current_device = torch._C._cuda_getDevice
         self._entries: dict[Any, Any] = {}
 
     def describe(self) -> str:
@@ -63,7 +67,7 @@ class Runtime:
 
     def guard(self, device: torch.device) -> contextlib.AbstractContextManager:
         """Makes the device current where it is not: kernels are launched on the current one."""
-        if self._devices.current_device() == device.index:
+        if self._current_device() == device.index:
             return _NOTHING
         return self._devices.device(device)
 
