@@ -3,8 +3,9 @@
 Calls of every kind are made on CPU tensors, with a runtime that compiles kernels for the wanted
 architecture where the real one would launch them. Prints a line of JSON for each kernel: its name,
 the flags that are on, its tile, registers, bytes of stack (spilled registers are there) and of
-shared memory, instructions that read what was never written (uniform_registers.py), whether its
-parameters are those that driver_launch.py packs, and seconds.
+shared memory, what ptxas remarks on asynchronous products that it has wait, instructions that read
+what was never written (uniform_registers.py), whether its parameters are those that
+driver_launch.py packs, and seconds.
 Not under TRITON_INTERPRET.
 
   python tests/triton/compile_kernels.py --arch 90 --jobs 2
@@ -54,6 +55,21 @@ class Driver:
         return self.target
 
 
+TOOLS = Path(triton.backends.__file__).parent / "nvidia" / "bin"
+
+
+def remarks(ptx):
+    """Codes of what ptxas remarks on wgmma: products serialised, waits that it has injected."""
+    if "wgmma" not in ptx:
+        return []
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(ptx)
+        file.flush()
+        command = (TOOLS / "ptxas", "-v", "--gpu-name=sm_90a", file.name, "-o", os.devnull)
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    return sorted(set(re.findall(r"\((C75\d\d)\)", said)))
+
+
 class Launch:
     """A kernel with the arguments of a launch, specialised as Triton does it."""
 
@@ -75,7 +91,6 @@ class Launch:
         source = self.kernel.ASTSource(self.kernel, self.signature, self.constants, self.attributes)
         compiled = triton.compile(source, target=self.target, options=self.options)
         seconds = time.monotonic() - start
-        tools = Path(triton.backends.__file__).parent / "nvidia" / "bin"
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
             file.write(compiled.asm["cubin"])
             file.flush()
@@ -83,7 +98,7 @@ class Launch:
                 subprocess.run(
                     [*command, file.name], capture_output=True, text=True, check=True
                 ).stdout
-                for command in ((tools / "cuobjdump", "-res-usage"), (tools / "nvdisasm", "-c"))
+                for command in ((TOOLS / "cuobjdump", "-res-usage"), (TOOLS / "nvdisasm", "-c"))
             )
         registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", text).groups())
         return {
@@ -93,6 +108,7 @@ class Launch:
             "registers": registers,
             "stack": stack,
             "shared": compiled.metadata.shared,
+            "remarks": remarks(compiled.asm["ptx"]),
             "unset": unset(sass),
             "as_laid_out": [size for _, size in layout_of(self.signature.values()).places]
             == sizes(compiled.asm["ptx"]),
@@ -184,6 +200,7 @@ def calls():
     yield lambda: _attention(96, causal=True, softcap=30.0, alibi_slopes=torch.zeros(4))
     yield lambda: _attention(128, dropout_p=0.1, rng_state=torch.tensor([1, 2]))
     yield lambda: _attention(33, causal=True)
+    yield lambda: _attention(256, window_left=64, window_right=0)
     yield lambda: _varlen(128, causal=True)
     yield lambda: _cache(128)
     yield lambda: _cache(64, paged=True)
