@@ -30,7 +30,8 @@ def _effects(instruction):
     name, *modifiers = opcode.split(".")
     operands = [x.strip() for x in operands.split(",")]
     reads, writes = set(), set()
-    if name != "UISETP" and len(operands) > 1 and re.fullmatch(r"UP\d", operands[0]):
+    predicate = r"P\d" if name == "R2UR" else r"UP\d"
+    if name != "UISETP" and len(operands) > 1 and re.fullmatch(predicate, operands[0]):
         del operands[0]  # the result as a predicate; the one as a register follows
     is_uniform = (name.startswith("U") and name not in _WRITES_NOTHING) or name in _WRITES_UNIFORM
     if is_uniform and (register := re.fullmatch(r"UR(\d+)", operands[0])):
