@@ -323,22 +323,3 @@ def rows_of_sequence(cu_seqlens, batch, seqlen, total, IS_VARLEN: tl.constexpr):
         end = tl.load(cu_seqlens + batch + 1).to(tl.int64)
         length = clamped(end - begin, tl.minimum(total - begin, seqlen.to(tl.int64))).to(tl.int32)
     return begin, length
-
-
-# -------------------------------------------------------------------------------------------------
-# Rows of a head
-
-
-@triton.jit
-def load_rows(pointer, row_stride, num_rows, ROWS: tl.constexpr, D0: tl.constexpr, D: tl.constexpr):
-    """Rows [0, num_rows) of a tile (ROWS, D0) that begins at pointer, 0 elsewhere.
-
-    D: elements that the head has from pointer on. row_stride: int64, in elements.
-    """
-    row = tl.arange(0, ROWS)
-    column = tl.arange(0, D0)
-    address = pointer + row[:, None] * row_stride + column[None, :]
-    mask = row[:, None] < num_rows
-    if D < D0:
-        mask = mask & (column[None, :] < D)
-    return tl.load(address, mask=mask, other=0.0)
