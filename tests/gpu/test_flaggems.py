@@ -1,6 +1,7 @@
-"""What FlagGems' own attention does that our table of requests keeps from users, on a GPU.
+"""The FlagGems backend on a GPU: what only there can be seen.
 
-A test that fails says that FlagGems has changed: the rule of policy.py that it shows can go.
+The tests of FlagGems' own attention show what our table of requests keeps from users: one that
+fails says that FlagGems has changed, and the rule of policy.py that it shows can go.
 """
 
 import importlib.util

@@ -202,9 +202,10 @@ def plan_forward(call: Call) -> Plan:
     has_slopes, has_sink = call.slopes_strides is not None, call.s_aux_stride is not None
     softcap, scale = call.softcap, call.softmax_scale
     described = not few and _has_described_keys(call)
-    hopper = described and unit == 8 and head_dim > 32 and tiles.has_gluon(call.capability)
+    head_of_hopper = tiles.head_of_hopper(call.capability, head_dim, unit)
+    hopper = described and head_of_hopper > 0
     if hopper:
-        d0, d1 = max(64, 1 << (head_dim - 1).bit_length()), 0
+        d0, d1 = head_of_hopper, 0
         tile = tiles.forward_hopper(d0)
     else:
         described = described and d1 == 0 and call.is_dense

@@ -216,9 +216,10 @@ def plan_backward(call: BackwardCall) -> BackwardPlan:
     d0, d1 = pieces(head_dim, unit)
     described = _has_described_operands(call)
     every_row_sees_a_key = window_right < 0 or call.seqlen_k - call.seqlen_q + window_right >= 0
-    hopper = described and unit == 8 and head_dim > 32 and tiles.has_gluon(call.capability)
+    head_of_hopper = tiles.head_of_hopper(call.capability, head_dim, unit)
+    hopper = described and head_of_hopper > 0
     if hopper:
-        d0, d1 = max(64, 1 << (head_dim - 1).bit_length()), 0
+        d0, d1 = head_of_hopper, 0
     else:
         described = described and d1 == 0 and not call.varlen and every_row_sees_a_key
     constants = {
@@ -276,37 +277,37 @@ def plan_backward(call: BackwardCall) -> BackwardPlan:
         )
 
     has_features = softcap > 0 or call.slopes_strides is not None or call.dropout_p > 0
-    kernels: tuple[Any, Any] = backward_dkdv, backward_dq
+    kernel_of_dkdv: Any = backward_dkdv
+    kernel_of_dq: Any = backward_dq
     if hopper:
-        from flash_attn.backends.flaggems.kernels import backward_hopper
+        from flash_attn.backends.flaggems.kernels import backward_dkdv_hopper, backward_dq_hopper
 
-        kernels = backward_hopper.backward_dkdv_hopper, backward_hopper.backward_dq_hopper
+        kernel_of_dkdv = backward_dkdv_hopper.backward_dkdv_hopper
+        kernel_of_dq = backward_dq_hopper.backward_dq_hopper
         tile_of_dkdv, tile_of_dq = tiles.backward_hopper(d0)
     else:
         tile_of_dkdv = tiles.backward_dkdv(call.capability, d0 + d1, described, has_features)
         tile_of_dkdv = tiles.for_unit(unit, call.capability, tile_of_dkdv)
         tile_of_dq = tiles.backward_dq(call.capability, d0 + d1, has_features)
         tile_of_dq = tiles.for_unit(unit, call.capability, tile_of_dq)
-    tile = tile_of_dkdv
     dkdv = plan_of(
-        kernels[0],
+        kernel_of_dkdv,
         (call.dk_strides, call.dv_strides),
         (0, 3),
         call.q_shape,
-        tile.block_m,
-        tile,
-        -(-call.seqlen_k // tile.block_n),
+        tile_of_dkdv.block_m,
+        tile_of_dkdv,
+        -(-call.seqlen_k // tile_of_dkdv.block_n),
         call.batch * num_heads_k,
     )
-    tile = tile_of_dq
     dq = plan_of(
-        kernels[1],
+        kernel_of_dq,
         (call.dq_strides,),
         (1, 2),
         call.k_shape,
-        tile.block_n,
-        tile,
-        -(-call.seqlen_q // tile.block_m),
+        tile_of_dq.block_n,
+        tile_of_dq,
+        -(-call.seqlen_q // tile_of_dq.block_m),
         call.batch * num_heads,
     )
     return BackwardPlan(

@@ -52,11 +52,7 @@ _FEW_ROWS = {
 }
 
 # Of the kernel in Gluon, which parts warps itself: num_warps of a group.
-_FORWARD_HOPPER = (
-    (64, Tile(128, 128, 4, 2)),
-    (128, Tile(128, 128, 4, 2)),
-    (256, Tile(128, 64, 4, 2)),
-)
+_FORWARD_HOPPER = ((128, Tile(128, 128, 4, 2)), (256, Tile(128, 64, 4, 2)))
 
 
 def family(capability: int) -> int:
@@ -198,6 +194,16 @@ def has_gluon(capability: int) -> bool:
     import triton
 
     return capability == 90 and triton.__version__.startswith("3.6.")
+
+
+def head_of_hopper(capability: int, head_dim: int, unit: int) -> int:
+    """D0 of the kernels in Gluon, to which a head is one piece; 0 where they do not serve.
+
+    unit: of the strides, see `unit_of` in launch.py.
+    """
+    if unit == 1 or head_dim <= 32 or not has_gluon(capability):
+        return 0
+    return max(64, 1 << (head_dim - 1).bit_length())
 
 
 @functools.cache

@@ -84,6 +84,14 @@ def dropout_keeps(
     c0 = (row // 2 + tl.arange(0, ROWS // 2)).to(tl.uint32)
     c1 = (column // 4 + tl.arange(0, COLUMNS // 4)).to(tl.uint32)
     zero = tl.zeros([ROWS // 2, COLUMNS // 4], tl.uint32)
+    return keeps_of_counters(c0, c1, zero, k0, k1, threshold, batch, head, ROWS, COLUMNS)
+
+
+@triton.jit
+def keeps_of_counters(
+    c0, c1, zero, k0, k1, threshold, batch, head, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
+    """dropout_keeps by the counters of 2 rows, c0, and of 4 columns, c1, and a uint32 tile of 0."""
     w0, w1, w2, w3 = philox(
         c0[:, None] + zero,
         c1[None, :] + zero,

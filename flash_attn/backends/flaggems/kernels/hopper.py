@@ -9,11 +9,11 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, tma
 
-from flash_attn.backends.flaggems.kernels import common
-
-# Functions of the other kernels, compiled as Gluon.
-_keeps_of_word = gluon.jit(common.keeps_of_word.fn)
-_philox = gluon.jit(common.philox.fn)
+from flash_attn.backends.flaggems.kernels.gluon_functions import (
+    keeps_of_counters,
+    keeps_of_word,
+    philox,
+)
 
 # Rows of a group of four warps.
 GROUP = gl.constexpr(64)
@@ -111,20 +111,7 @@ def dropout_keeps(
     c0 = (row // 2 + gl.arange(0, GROUP // 2, gl.SliceLayout(1, counters))).to(gl.uint32)
     c1 = (column // 4 + gl.arange(0, COLUMNS // 4, gl.SliceLayout(0, counters))).to(gl.uint32)
     zero = gl.full([GROUP // 2, COLUMNS // 4], 0, gl.uint32, counters)
-    w0, w1, w2, w3 = _philox(
-        c0[:, None] + zero,
-        c1[None, :] + zero,
-        zero + head.to(gl.uint32),
-        zero + batch.to(gl.uint32),
-        key0,
-        key1,
-    )
-    k02 = gl.join(_keeps_of_word(w0, threshold), _keeps_of_word(w2, threshold))
-    k13 = gl.join(_keeps_of_word(w1, threshold), _keeps_of_word(w3, threshold))
-    keeps = gl.join(k02, k13)  # (counter of rows, counter of columns, half, bit 1, bit 0 of word)
-    keeps = gl.reshape(keeps, [GROUP // 16, 8, COLUMNS // 32, 8, 2, 2, 2])
-    keeps = gl.permute(keeps, [0, 4, 1, 2, 5, 6, 3])
-    keeps = gl.reshape(keeps, [GROUP, COLUMNS]) != 0
+    keeps = keeps_of_counters(c0, c1, zero, key0, key1, threshold, batch, head, GROUP, COLUMNS)
     return gl.convert_layout(keeps, layout_of_product(COLUMNS), assert_trivial=True)
 
 
@@ -140,7 +127,7 @@ def dropout_keeps_transposed(key0, key1, threshold, batch, head, row, column, RO
     zero = gl.full([GROUP // 2, ROWS // 2], 0, gl.uint32, counters)
     c0 = (row // 2 + of_row).to(gl.uint32)
     c1 = (column // 4 + of_column // 16 * 8 + of_column % 8).to(gl.uint32)
-    w0, w1, w2, w3 = _philox(
+    w0, w1, w2, w3 = philox(
         c0[None, :] + zero,
         c1[:, None] + zero,
         zero + head.to(gl.uint32),
@@ -149,8 +136,8 @@ def dropout_keeps_transposed(key0, key1, threshold, batch, head, row, column, RO
         key1,
     )
     second = (of_column // 8 % 2 == 1)[:, None]
-    near = _keeps_of_word(gl.where(second, w2, w0), threshold)
-    far = _keeps_of_word(gl.where(second, w3, w1), threshold)
+    near = keeps_of_word(gl.where(second, w2, w0), threshold)
+    far = keeps_of_word(gl.where(second, w3, w1), threshold)
     keeps = gl.join(near, far)  # (columns, rows, r or r + 8, c or c + 8)
     keeps = gl.reshape(keeps, [GROUP // 16, 8, ROWS // 16, 8, 2, 2])
     keeps = gl.permute(keeps, [0, 5, 1, 2, 4, 3])
