@@ -43,6 +43,8 @@ def timed_on_host(function, calls, device):
 
 def calls_for(function, device, timer, sample_seconds):
     """Warms up, and says how many calls one sample needs to last so many seconds."""
+    function()  # which may compile, and says nothing of the others
+    synchronize(device)
     calls, seconds = 1, timer(function, 1, device)
     while seconds * calls < sample_seconds and calls < 1_000_000:
         calls = min(10 * calls, max(calls + 1, round(1.1 * sample_seconds / max(seconds, 1e-9))))

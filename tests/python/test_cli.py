@@ -1,5 +1,6 @@
 """The commands of `python -m flash_attn`, and the harness of the benchmark without its clock."""
 
+import itertools
 import json
 
 import pytest
@@ -171,13 +172,30 @@ def test_rounds_alternate_and_ratios_pair_times_of_one_round():
     result = timing.compare(
         lambda: order.append("A"), lambda: order.append("B"), CPU, 3, 0.5, timer
     )
-    assert "".join(order) == "AB" + "ABABAB"
+    assert "".join(order) == "AABB" + "ABABAB"  # each to warm up, and to say how long it takes
     assert result.ratios == [3.0, 4.0, 1.0]
     assert result.ratio == 3.0
 
 
 def test_a_short_call_is_repeated_until_a_sample_is_long_enough():
     calls = timing.calls_for(lambda: None, CPU, lambda function, calls, device: 0.001, 0.1)
+    assert 0.1 <= calls * 0.001 < 0.2
+
+
+def test_a_first_call_that_compiles_does_not_count():
+    costs = itertools.chain([3.0], itertools.repeat(0.001))
+    clock = [0.0]
+
+    def call():
+        clock[0] += next(costs)
+
+    def timer(function, calls, device):
+        start = clock[0]
+        for _ in range(calls):
+            function()
+        return (clock[0] - start) / calls
+
+    calls = timing.calls_for(call, CPU, timer, 0.1)
     assert 0.1 <= calls * 0.001 < 0.2
 
 
