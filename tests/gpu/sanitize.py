@@ -6,6 +6,7 @@ compared here: other tests do that.
 
   python tests/gpu/sanitize.py
   python tests/gpu/sanitize.py --tool racecheck --head-dim 128 --group backward decode
+  python tests/gpu/sanitize.py --backend flaggems --head-dim 64 128 256
 """
 
 import argparse
@@ -114,13 +115,17 @@ def rotary(head_dim):
         apply_rotary_emb(x, cos, sin, interleaved=interleaved, inplace=True)
 
 
-def run_group(group, head_dim):
+def run_group(group, head_dim, backend):
     import torch
 
     import flash_attn
 
     torch.set_default_device("cuda")
-    flash_attn.set_backend("native")
+    flash_attn.set_backend(backend)
+    if backend == "flaggems":  # the kernels of Hopper for short sequences, too
+        from flash_attn.backends.flaggems import plan, plan_backward
+
+        plan.LEAST_DESCRIBED_KEYS = plan_backward.LEAST_DESCRIBED_ROWS = 1
     {
         "forward": lambda: attention(head_dim, False),
         "backward": lambda: attention(head_dim, True),
@@ -141,15 +146,16 @@ def sanitizer(tool):
         ["compute-sanitizer", "--help"], capture_output=True, text=True
     ).stdout
     if tool != "initcheck" and "--kernel-regex" in help_text:  # which must see others write
-        command += ["--kernel-regex", "kns=attention|rotary|append"]
+        command += ["--kernel-regex", "kns=attention|backward|prepare|rotary|append"]
     return command
 
 
-def run_child(command, group, head_dim, number, seconds):
+def run_child(command, group, head_dim, backend, number, seconds):
     """What was found, or None; and its text."""
     # Without torch's cache of freed memory every buffer has its own bounds.
     environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     command = [*command, sys.executable, __file__, "--child", group, "--head-dim", str(head_dim)]
+    command += ["--backend", backend]
     until = time.monotonic() + seconds
     with tempfile.TemporaryFile("w+", errors="replace") as log:
         process = subprocess.Popen(
@@ -189,6 +195,7 @@ def main():
     parser.add_argument("--tool", nargs="+", choices=TOOLS, default=list(TOOLS))
     parser.add_argument("--group", nargs="+", choices=GROUPS, default=list(GROUPS))
     parser.add_argument("--head-dim", nargs="+", type=int, default=list(HEAD_DIMS))
+    parser.add_argument("--backend", choices=("native", "flaggems"), default="native")
     parser.add_argument("--limit", type=float, default=240, help="seconds of a run")
     parser.add_argument(
         "--seconds", type=float, default=1e9, help="begin nothing new after so long"
@@ -197,7 +204,7 @@ def main():
     parser.add_argument("--child", choices=GROUPS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
-        run_group(options.child, *options.head_dim)
+        run_group(options.child, *options.head_dim, options.backend)
         return 0
     if shutil.which("compute-sanitizer") is None:
         print("compute-sanitizer is not on the path: it comes with the CUDA toolkit")
@@ -221,7 +228,7 @@ def main():
             if pool.stopped() or time.monotonic() - began > options.seconds:
                 return "not begun", ""
             limit = options.limit if commands[tool] else max(options.limit, 600)
-            return run_child(commands[tool], *each, number, limit)
+            return run_child(commands[tool], *each, options.backend, number, limit)
         finally:
             if tool == "no tool":
                 compiled[each].set()
