@@ -1,10 +1,11 @@
 """Launches of what Triton has compiled by the CUDA driver itself, on NVIDIA GPUs.
 
 Triton's launcher asks the driver whose memory every pointer is, reads every argument anew and calls
-its hooks, of which there usually are none: 27 us of a small call. Here a kernel's parameters are
-packed into memory of the thread, where the driver finds them: numbers once, addresses at every
-launch. What they are follows from the kernel's signature, and the driver is asked whether it
-agrees; a kernel of which it does not, or which needs more than a plain launch, is left to Triton.
+its hooks, of which there usually are none: 27 us of a small call; and a C compiler has to build it
+first, which takes half a second a kernel. Here a kernel's parameters are packed into memory of the
+thread, where the driver finds them: numbers once, addresses at every launch. What they are follows
+from the kernel's signature, and the driver is asked whether it agrees; a kernel of which it does
+not, or which needs more than a plain launch, is left to Triton.
 """
 
 from __future__ import annotations
@@ -215,21 +216,30 @@ class Function:
         fields: packs what is in the memory of a thread.
     """
 
-    def __init__(self, compiled: Any, layout: Layout):
-        self.name, self.handle = compiled.name, ctypes.c_void_p(compiled.function)
+    def __init__(self, compiled: Any, handle: int, layout: Layout):
+        self.name, self.handle = compiled.name, ctypes.c_void_p(handle)
         self.descriptors = getattr(compiled.metadata, "tensordesc_meta", None)
-        num_warps, _, self.shared = compiled.packed_metadata
-        self.num_threads = 32 * num_warps
+        self.shared = compiled.metadata.shared
+        self.num_threads = 32 * compiled.metadata.num_warps
         self.numbers = struct.Struct(f"={layout.numbers}")
         self.fields = struct.Struct(f"{_HEADER}{layout.tensors}{self.numbers.size}s")
         self.places = layout.places
 
 
-def function_of(compiled: Any) -> Function | None:
-    """Of a kernel that Triton has compiled and loaded; None where it is left to Triton."""
+def _is_hooked(*names: str) -> bool:
+    """Whether something wants to be called by Triton, a profiler say."""
+    hooks = (getattr(knobs.runtime, name, None) for name in names)
+    return any(getattr(hook, "calls", hook) for hook in hooks)
+
+
+def function_of(compiled: Any, device_index: int) -> Function | None:
+    """Of a kernel that Triton has compiled, loaded on a device, the current one; None where it is
+    left to Triton.
+    """
     metadata = compiled.metadata
     if (
         knobs is None
+        or _is_hooked("kernel_load_start_hook", "kernel_load_end_hook")
         or metadata.num_ctas != 1
         or any(getattr(metadata, name, 0) for name in _NEEDS)
     ):
@@ -238,18 +248,31 @@ def function_of(compiled: Any) -> Function | None:
         layout = layout_of(compiled.src.signature.values())
     except KeyError:
         return None
+    from triton.runtime.driver import driver
+
+    try:
+        _, handle, *_ = driver.active.utils.load_binary(
+            compiled.name, compiled.kernel, metadata.shared, device_index
+        )
+    except RuntimeError:  # Triton says what it lacks
+        return None
     sizes = [size for _, size in layout.places]
-    return Function(compiled, layout) if sizes == _sizes(compiled.function) else None
+    return Function(compiled, handle, layout) if sizes == _sizes(compiled, handle) else None
 
 
-def _sizes(handle: int) -> list[int]:
-    """Of the parameters in bytes, as the driver has them; none before CUDA 12.4."""
+def _sizes(compiled: Any, handle: int) -> list[int]:
+    """Of the parameters in bytes, as the driver has them, which says so since CUDA 12.4; none where
+    it does not.
+    """
     ask = getattr(_driver(), "cuFuncGetParamInfo", None)
+    declaration = compiled.asm["ptx"].partition(".entry")[2].partition(")")[0]
     sizes, offset, size = [], ctypes.c_size_t(), ctypes.c_size_t()
-    while ask is not None and not ask(
-        *(ctypes.c_void_p(handle), ctypes.c_size_t(len(sizes))),
-        *(ctypes.byref(offset), ctypes.byref(size)),
-    ):
+    for index in range(declaration.count(".param")):
+        if ask is None or ask(
+            *(ctypes.c_void_p(handle), ctypes.c_size_t(index)),
+            *(ctypes.byref(offset), ctypes.byref(size)),
+        ):
+            return []
         sizes.append(size.value)
     return sizes
 
@@ -285,7 +308,7 @@ class DriverLaunch:
             False, and does nothing, where something wants to be called at every launch.
         """
         runtime = knobs.runtime
-        for hook in (runtime.launch_enter_hook, runtime.launch_exit_hook):
+        for hook in (runtime.launch_enter_hook, runtime.launch_exit_hook):  # in few steps
             if getattr(hook, "calls", hook):
                 return False
         for place, parameters in self._described:

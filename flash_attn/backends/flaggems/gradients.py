@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from flash_attn.backends.flaggems import runtime
+from flash_attn.backends.flaggems.launch import compile_together
 from flash_attn.backends.flaggems.plan_backward import BackwardCall, plan_backward
 from flash_attn.backends.interface import Options, Sequences
 
@@ -74,16 +75,18 @@ def backward(
         )
     )
     workspace = torch.empty(plan.workspace_shape, dtype=torch.float32, device=device)
+    optional = cu_seqlens_q, cu_seqlens_k, seqused_k, slopes, rng_state
+    of_dkdv = q, k, v, dout, workspace, dk, dv, *optional
+    of_dq = q, k, v, dout, workspace, dq, *optional
+    compile_together(device, (plan.dkdv, of_dkdv), (plan.dq, of_dq))
     plan.prepare(
         device,
         *(out, dout, softmax_lse, out if dsoftmax_lse is None else dsoftmax_lse),
         *(softmax_d, workspace, dq, dk, dv),
         *((out, out) if sequences is None else (cu_seqlens_q, cu_seqlens_k)),
     )
-    operands = q, k, v, dout, workspace
-    optional = cu_seqlens_q, cu_seqlens_k, seqused_k, slopes, rng_state
-    plan.dkdv(device, *operands, dk, dv, *optional)
-    plan.dq(device, *operands, dq, *optional)
+    plan.dkdv(device, *of_dkdv)
+    plan.dq(device, *of_dq)
     if plan.sink is not None:
         plan.sink(device, s_aux, ds_aux, softmax_lse, softmax_d)
     return softmax_d

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import operator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -144,15 +145,18 @@ class _Compiled:
     """A kernel that Triton has compiled for an NVIDIA GPU.
 
     Attributes:
-        run: Triton's launcher of it, which takes a grid first.
+        run: Triton's launcher of it, which takes a grid first. Building it takes a C compiler half
+            a second, so that waits until it is used.
         constants: values of its constexpr parameters, which that takes behind the others.
         function: for the CUDA driver, or None.
     """
 
-    def __init__(self, kernel: Any, compiled: Any, num_arguments: int, constants: dict[str, Any]):
+    def __init__(
+        self, kernel: Any, compiled: Any, index: int, num_arguments: int, constants: dict[str, Any]
+    ):
         from flash_attn.backends.flaggems.driver_launch import function_of
 
-        self.run, self.function = compiled, function_of(compiled)
+        self.run, self.function = compiled, function_of(compiled, index)
         self.constants = tuple(constants[name] for name in kernel.arg_names[num_arguments:])
 
 
@@ -199,7 +203,7 @@ class Launch:
         where = runtime.current()
         with where.guard(device):
             if not where.is_nvidia:
-                self._compile_and_run(where, self._arguments(tensors))
+                self._run_by_triton(where, self._arguments(tensors))
                 return
             addresses = [x.data_ptr() for x in tensors if x is not None]
             alignment = functools.reduce(operator.or_, addresses) % 16
@@ -217,11 +221,33 @@ class Launch:
             arguments[place] = descriptor(tensors[place], *block)
         return arguments
 
-    def _compile_and_run(self, where: runtime.Runtime, arguments: list) -> Any:
-        """Has Triton search for the compiled kernel, or compile it; returns that."""
+    def _key(self, index: int, tensors: tuple) -> tuple:
+        """Of what is compiled for a device of NVIDIA."""
+        kinds = (None if x is None else (x.dtype, x.data_ptr() % 16 == 0) for x in tensors)
+        known = *self.tile[2:], *self.constants.values(), *self.blocks.items()
+        return id(self.kernel), index, known, *kinds
+
+    def has_run(self, device: torch.device, tensors: tuple) -> bool:
+        """Whether it, or a call that shares its compiled kernel, has run on an NVIDIA GPU."""
+        return bool(self._ready) or self._key(device.index, tensors) in _compiled
+
+    def _keywords(self) -> dict[str, Any]:
         options = {"num_warps": self.tile.num_warps, "num_stages": self.tile.num_stages}
-        entry = where.entry(self.kernel)[self.programs, 1, 1]
-        return entry(*arguments, **self.constants, **options)
+        return self.constants | options
+
+    def _run_by_triton(self, where: runtime.Runtime, arguments: list) -> None:
+        where.entry(self.kernel)[self.programs, 1, 1](*arguments, **self._keywords())
+
+    def _compiled_by_triton(self, where: runtime.Runtime, arguments: list) -> Any:
+        """Has Triton search for the compiled kernel, or compile it."""
+        entry = where.entry(self.kernel)
+        return entry.warmup(*arguments, grid=(self.programs, 1, 1), **self._keywords())
+
+    def compile(self, device: torch.device, tensors: tuple) -> None:
+        """Compiles it, for Triton to find."""
+        where = runtime.current()
+        with where.guard(device):
+            self._compiled_by_triton(where, self._arguments(tensors))
 
     def _find_and_run(
         self, where: runtime.Runtime, key: tuple, tensors: tuple, addresses: list[int]
@@ -229,15 +255,15 @@ class Launch:
         """On NVIDIA GPUs: what is compiled is known to us, and then kept in `_ready`."""
         arguments = self._arguments(tensors)
         index, _ = key
-        kinds = (None if x is None else (x.dtype, x.data_ptr() % 16 == 0) for x in tensors)
-        known = *self.tile[2:], *self.constants.values(), *self.blocks.items()
-        full_key = id(self.kernel), index, known, *kinds
+        full_key = self._key(index, tensors)
         compiled = _compiled.get(full_key)
         if compiled is None:
-            made = self._compile_and_run(where, arguments)
-            if made is not None:
-                _compiled[full_key] = _Compiled(self.kernel, made, len(arguments), self.constants)
-            return
+            made = self._compiled_by_triton(where, arguments)
+            if made is None:  # nothing is compiled, as in the interpreter
+                self._run_by_triton(where, arguments)
+                return
+            compiled = _Compiled(self.kernel, made, index, len(arguments), self.constants)
+            _compiled[full_key] = compiled
         if compiled.function is not None:
             from flash_attn.backends.flaggems.driver_launch import DriverLaunch
 
@@ -251,6 +277,19 @@ class Launch:
         # Triton's launcher takes an address as it is, and asks whose memory a tensor's is.
         given = (x.data_ptr() if isinstance(x, Tensor) else x for x in arguments)
         compiled.run[self.programs, 1, 1](*given, *compiled.constants)
+
+
+def compile_together(device: torch.device, *calls: tuple[Launch, tuple]) -> None:
+    """Has kernels that are new compiled side by side, on NVIDIA GPUs, where that takes a second or
+    two each. calls: launches and their tensors.
+    """
+    if not runtime.current().is_nvidia:
+        return
+    new = [call for call in calls if call[0].programs > 0 and not call[0].has_run(device, call[1])]
+    if len(new) > 1:
+        with ThreadPoolExecutor(len(new)) as threads:
+            for future in [threads.submit(call[0].compile, device, call[1]) for call in new]:
+                future.result()
 
 
 @functools.lru_cache(maxsize=1024)
