@@ -218,9 +218,11 @@ def plan_forward(call: Call) -> Plan:
         visible = call.seqlen_k
         if left >= 0 and right >= 0:
             visible = min(visible, call.seqlen_q + left + right)
-        # Two programs share a multiprocessor.
+        # Two programs share a multiprocessor; but where keys have to be split for each to have one,
+        # one is as fast, and there are fewer parts to put together.
         items = call.batch * heads * num_tiles
-        splits = plan_splits(items, visible, 2 * call.num_units, tile.block_n)
+        units = call.num_units if 2 * items <= call.num_units else 2 * call.num_units
+        splits = plan_splits(items, visible, units, tile.block_n)
 
     lse_strides = (0, *call.lse_strides) if call.varlen_q else call.lse_strides
     slopes_strides = call.slopes_strides or (0,)
