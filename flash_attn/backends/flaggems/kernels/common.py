@@ -263,7 +263,13 @@ def tanh_of(x, NEAR_ZERO: tl.constexpr):
     everywhere; with NEAR_ZERO of the result, there by the series.
     """
     root = tl.math.rsqrt(tl.math.exp2(x) + 1.0)
-    result = 1.0 - 2.0 * (root * root)
+    return tanh_by_reciprocal(x, root * root, NEAR_ZERO)
+
+
+@triton.jit
+def tanh_by_reciprocal(x, reciprocal, NEAR_ZERO: tl.constexpr):
+    """tanh_of(x), of 1 / (exp2(x) + 1)."""
+    result = 1.0 - 2.0 * reciprocal
     if NEAR_ZERO:
         y = x * (0.5 * LN2)
         square = y * y

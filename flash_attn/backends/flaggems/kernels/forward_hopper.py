@@ -28,7 +28,7 @@ from flash_attn.backends.flaggems.kernels.gluon_functions import (
     finish_rows,
     keys_of_sequence,
     rows_of_sequence,
-    scores_in_log2,
+    tanh_by_reciprocal,
 )
 from flash_attn.backends.flaggems.kernels.hopper import (
     GROUP,
@@ -38,6 +38,7 @@ from flash_attn.backends.flaggems.kernels.hopper import (
     dropout_keeps,
     layout_of_product,
     load_tile,
+    softcap_reciprocal,
     store_tile,
 )
 
@@ -86,8 +87,18 @@ def _produce(
 
 
 @gluon.jit
+def _where_seen(x, start, keys_begin, keys_end, HAS_LEFT: gl.constexpr):
+    """x, -inf where a row does not see the key."""
+    column = gl.arange(0, x.shape[1], gl.SliceLayout(0, x.type.layout))
+    sees = column[None, :] < (keys_end - start)[:, None]
+    if HAS_LEFT:
+        sees = sees & (column[None, :] >= (keys_begin - start)[:, None])
+    return gl.where(sees, x, float("-inf"))
+
+
+@gluon.jit
 def _probabilities(
-    score,
+    x,
     start,
     top,
     total,
@@ -98,43 +109,41 @@ def _probabilities(
     scale,
     softcap,
     slope,
-    dropout,
-    row_begin,
-    MASKED: gl.constexpr,
+    masked,
     HAS_LEFT: gl.constexpr,
     HAS_SOFTCAP: gl.constexpr,
     HAS_ALIBI: gl.constexpr,
-    HAS_DROPOUT: gl.constexpr,
     TRANSFORMED: gl.constexpr,
 ):
-    """Of a block of products: exp2(score - top), 0 where dropped, the rows' new top and total, and
-    the factor of what was summed before.
+    """Of a block of products x: exp2(score - top), the rows' new top and total, and the factor of
+    what was summed before.
     """
-    column = gl.arange(0, score.shape[1], gl.SliceLayout(0, score.type.layout))
+    # Scores are by * x + plus, which is computed in the exponent.
+    by = 1.0 if TRANSFORMED else scale
+    plus = 0.0
     if TRANSFORMED:
+        x = x * scale
+    if HAS_SOFTCAP:
+        if masked:  # what is not seen may be NaN
+            x = _where_seen(x, start, keys_begin, keys_end, HAS_LEFT)
+        reciprocal = softcap_reciprocal(x)
+        if HAS_ALIBI or HAS_SOFTCAP == 2:
+            x = softcap * tanh_by_reciprocal(x, reciprocal, HAS_SOFTCAP == 2)
+        else:
+            x = -reciprocal
+            by = 2.0 * softcap
+            plus = softcap
+    if HAS_ALIBI:
+        column = gl.arange(0, x.shape[1], gl.SliceLayout(0, x.type.layout))
         distance = ((query + offset - start)[:, None] - column[None, :]).to(gl.float32)
-        score = scores_in_log2(score, distance, scale, softcap, slope, HAS_SOFTCAP, HAS_ALIBI)
-    if MASKED:
-        sees = column[None, :] < (keys_end - start)[:, None]
-        if HAS_LEFT:
-            sees = sees & (column[None, :] >= (keys_begin - start)[:, None])
-        score = gl.where(sees, score, float("-inf"))
-    # Without a transformation the products are scaled in the exponent.
-    if TRANSFORMED:
-        new_top = gl.maximum(top, gl.max(score, 1))
-        reference = gl.where(new_top == float("-inf"), 0.0, new_top)
-        p = gl.exp2(score - reference[:, None])
-    else:
-        new_top = gl.maximum(top, gl.max(score, 1) * scale)
-        reference = gl.where(new_top == float("-inf"), 0.0, new_top)
-        p = gl.exp2(score * scale - reference[:, None])
+        x = x - slope * gl.abs(distance)
+    if masked:
+        x = _where_seen(x, start, keys_begin, keys_end, HAS_LEFT)
+    new_top = gl.maximum(top, gl.max(x, 1) * by + plus)
+    reference = gl.where(new_top == float("-inf"), 0.0, new_top)
+    p = gl.exp2(x * by + (plus - reference)[:, None])
     factor = gl.exp2(top - reference)
-    total = total * factor + gl.sum(p, 1)
-    if HAS_DROPOUT:
-        key0, key1, threshold, batch, head = dropout
-        keeps = dropout_keeps(key0, key1, threshold, batch, head, row_begin, start, score.shape[1])
-        p = gl.where(keeps, p, 0.0)
-    return p, new_top, total, factor
+    return p, new_top, total * factor + gl.sum(p, 1), factor
 
 
 @gluon.jit
@@ -150,9 +159,9 @@ def _consume(
 ):
     """Attention of the GROUP rows from row_begin on.
 
-    With ALiBi the two groups give their products to the tensor cores in turns, this one first or
-    second, so that one computes probabilities while the products of the other run, which was 3 to
-    13% faster. Otherwise they find an order by themselves, which was as fast or faster.
+    With ALiBi and heads above 64 the two groups give their products to the tensor cores in turns,
+    this one first or second, so that one computes probabilities while the products of the other
+    run, which was 3 to 11% faster. Otherwise they find an order by themselves, as fast or faster.
     """
     HAS_LEFT: gl.constexpr = FLAGS[0]
     HAS_RIGHT: gl.constexpr = FLAGS[1]
@@ -164,6 +173,7 @@ def _consume(
     D0: gl.constexpr = FLAGS[7]
     BLOCK_N: gl.constexpr = FLAGS[8]
     STAGES: gl.constexpr = FLAGS[9]
+    TURNS: gl.constexpr = HAS_ALIBI and D0 > 64
     keys, values, keys_full, keys_free, values_full, values_free, _ = buffers
     operands, sizes, blocks, window, numbers, dropout = call
     q, out, lse, q_row_stride, out_row_stride = operands
@@ -200,38 +210,56 @@ def _consume(
         mbarrier.arrive(keys_free.index(0))
         p, top, total, factor = _probabilities(
             score, last * BLOCK_N, top, total, query, offset, keys_begin, keys_end,
-            scale, softcap, slope, dropout, row_begin,
-            True, HAS_LEFT, HAS_SOFTCAP, HAS_ALIBI, HAS_DROPOUT, TRANSFORMED,
+            scale, softcap, slope, True, HAS_LEFT, HAS_SOFTCAP, HAS_ALIBI, TRANSFORMED,
         )  # fmt: skip
+        if HAS_DROPOUT:
+            keeps = dropout_keeps(*dropout, row_begin, last * BLOCK_N, BLOCK_N)
+            p = gl.where(keeps, p, 0.0)
+        mbarrier.wait(keys_full.index(1 % STAGES), (1 // STAGES) & 1, pred=num_blocks > 1)
         # Blocks behind the keys that every row sees, these, and the blocks before them: the scores
         # of one beside the output of the one before it, whose probabilities are carried as float32,
-        # since halves of registers would have to be put together again.
+        # since halves of registers would have to be put together again. With features each in a
+        # loop of its own: what is computed on both sides of a branch does not mix, which took up
+        # to 10%. Otherwise in one, which is compiled sooner.
+        SPLITS: gl.constexpr = TRANSFORMED or HAS_DROPOUT
+        WALKS: gl.constexpr = (SPLITS and HAS_RIGHT, True, SPLITS and HAS_LEFT)
+        behind = gl.maximum(num_behind, 1) if WALKS[0] else 1
+        until = gl.maximum(num_until, 1) if WALKS[2] else num_blocks
         for part in gl.static_range(3):
-            # Without an end of the window only the block above can be behind.
-            if (part > 0 or HAS_RIGHT) and (part < 2 or HAS_LEFT):
-                first = gl.maximum(0 if part == 0 else num_behind if part == 1 else num_until, 1)
-                end = num_behind if part == 0 else num_until if part == 1 else num_blocks
+            if WALKS[part]:
+                first = 1 if part == 0 else behind if part == 1 else until
+                end = behind if part == 0 else until if part == 1 else num_blocks
                 for i in range(first, end):
                     stage = i % STAGES
                     before = (i - 1) % STAGES
                     operand = gl.convert_layout(p.to(dtype), of_p)
-                    if HAS_ALIBI:
+                    if TURNS:
                         mbarrier.wait(my_turn, (i - 1 + is_first) & 1)
-                    mbarrier.wait(keys_full.index(stage), (i // STAGES) & 1)
                     score = warpgroup_mma(
                         queries, keys.index(stage).permute((1, 0)), zeros, use_acc=False,
                         is_async=True,
                     )  # fmt: skip
                     mbarrier.wait(values_full.index(before), ((i - 1) // STAGES) & 1)
                     acc = warpgroup_mma(operand, values.index(before), acc, is_async=True)
-                    if HAS_ALIBI:
+                    if TURNS:
                         mbarrier.arrive(other_turn)
                     score = warpgroup_mma_wait(1, deps=[score])
                     mbarrier.arrive(keys_free.index(stage))
+                    masked = part != 1
+                    if not SPLITS and (HAS_LEFT or HAS_RIGHT):
+                        masked = (i < num_behind) | (i >= num_until)
                     p, top, total, factor = _probabilities(
                         score, (last - i) * BLOCK_N, top, total, query, offset,
-                        keys_begin, keys_end, scale, softcap, slope, dropout, row_begin,
-                        part != 1, HAS_LEFT, HAS_SOFTCAP, HAS_ALIBI, HAS_DROPOUT, TRANSFORMED,
+                        keys_begin, keys_end, scale, softcap, slope,
+                        masked, HAS_LEFT, HAS_SOFTCAP, HAS_ALIBI, TRANSFORMED,
+                    )  # fmt: skip
+                    if HAS_DROPOUT:
+                        keeps = dropout_keeps(*dropout, row_begin, (last - i) * BLOCK_N, BLOCK_N)
+                        p = gl.where(keeps, p, 0.0)
+                    # Before the wait for the output, or ptxas has it wait before the exponentials.
+                    mbarrier.wait(
+                        keys_full.index((i + 1) % STAGES), ((i + 1) // STAGES) & 1,
+                        pred=i + 1 < num_blocks,
                     )  # fmt: skip
                     acc, operand = warpgroup_mma_wait(0, deps=[acc, operand])
                     mbarrier.arrive(values_free.index(before))

@@ -5,6 +5,7 @@ where its numbers lie, is said in the kernel and not found by the compiler. A pr
 of four warps with GROUP rows each, and a warp that has the copy engine bring what they need.
 """
 
+import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, tma
@@ -13,6 +14,7 @@ from flash_attn.backends.flaggems.kernels.gluon_functions import (
     keeps_of_counters,
     keeps_of_word,
     philox,
+    tanh_by_reciprocal,
 )
 
 # Rows of a group of four warps.
@@ -81,6 +83,53 @@ def clear_rows(tile, begin, end):
             row = i * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, layout))
             valid = (row >= begin) & (row < end)
             part.store(gl.where(valid[:, None], part.load(layout), 0.0))
+
+
+@gluon.jit
+def softcap_reciprocal(x):
+    """1 / (exp2(x) + 1) of an accumulator (GROUP, columns) of a product, of which tanh is made.
+
+    Four entries of a row, which are in one thread, share one reciprocal: the unit that has it, and
+    the exponentials, is what softcap waits for. x is cut off at 30, where tanh is 1, so that the
+    product of four is finite. A NaN spreads to the other three.
+    """
+    columns: gl.constexpr = x.shape[1]
+    x = gl.exp2(gl.minimum(x, 30.0, propagate_nan=tl.PropagateNan.ALL)) + 1.0
+    fours = gl.permute(gl.reshape(x, [GROUP, columns // 16, 2, 4, 2]), [0, 1, 3, 2, 4])
+    even, odd = gl.split(fours)
+    a, b = gl.split(even)
+    c, d = gl.split(odd)
+    ab = a * b
+    cd = c * d
+    root = gl.rsqrt(ab * cd)
+    of_all = root * root
+    of_ab = of_all * cd
+    of_cd = of_all * ab
+    even = gl.join(of_ab * b, of_ab * a)
+    odd = gl.join(of_cd * d, of_cd * c)
+    fours = gl.permute(gl.join(even, odd), [0, 1, 3, 2, 4])
+    return gl.convert_layout(
+        gl.reshape(fours, [GROUP, columns]), layout_of_product(columns), assert_trivial=True
+    )
+
+
+@gluon.jit
+def exponents(
+    score,
+    distance,
+    softcap,
+    slope,
+    HAS_SOFTCAP: gl.constexpr,
+    HAS_ALIBI: gl.constexpr,
+):
+    """As exponents of backward_tiles.py."""
+    capped = score
+    if HAS_SOFTCAP:
+        capped = tanh_by_reciprocal(score, softcap_reciprocal(score), HAS_SOFTCAP == 2)
+        score = softcap * capped
+    if HAS_ALIBI:
+        score = score - slope * gl.abs(distance)
+    return score, capped
 
 
 @gluon.constexpr_function
