@@ -33,7 +33,7 @@ from uniform_registers import unset  # noqa: E402
 
 from flash_attn.backends import Options, Sequences, flaggems  # noqa: E402
 from flash_attn.backends.flaggems import runtime  # noqa: E402
-from flash_attn.backends.flaggems.driver_launch import layout_of  # noqa: E402
+from flash_attn.backends.flaggems.driver_launch import layout_of, num_parameters  # noqa: E402
 
 BF16 = torch.bfloat16
 
@@ -85,6 +85,11 @@ class Launch:
         # Launches of one key share a compiled kernel.
         self.key = kernel.__name__, str(specialisation), str(self.options)
 
+    def _is_as_laid_out(self, ptx):
+        """Whether parameters are what driver_launch.py takes them for."""
+        expected = [size for _, size in layout_of(self.signature.values()).places]
+        return expected == sizes(ptx) and len(expected) == num_parameters(ptx)
+
     def report(self):
         """Compiles it, and says what it needs."""
         start = time.monotonic()
@@ -110,8 +115,7 @@ class Launch:
             "shared": compiled.metadata.shared,
             "remarks": remarks(compiled.asm["ptx"]),
             "unset": unset(sass),
-            "as_laid_out": [size for _, size in layout_of(self.signature.values()).places]
-            == sizes(compiled.asm["ptx"]),
+            "as_laid_out": self._is_as_laid_out(compiled.asm["ptx"]),
             "seconds": round(seconds, 2),
         }
 

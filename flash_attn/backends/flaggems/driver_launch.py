@@ -260,14 +260,18 @@ def function_of(compiled: Any, device_index: int) -> Function | None:
     return Function(compiled, handle, layout) if sizes == _sizes(compiled, handle) else None
 
 
+def num_parameters(ptx: str) -> int:
+    """Of the kernel in a module of one."""
+    return ptx.partition(".entry")[2].partition(")")[0].count(".param")
+
+
 def _sizes(compiled: Any, handle: int) -> list[int]:
     """Of the parameters in bytes, as the driver has them, which says so since CUDA 12.4; none where
     it does not.
     """
     ask = getattr(_driver(), "cuFuncGetParamInfo", None)
-    declaration = compiled.asm["ptx"].partition(".entry")[2].partition(")")[0]
     sizes, offset, size = [], ctypes.c_size_t(), ctypes.c_size_t()
-    for index in range(declaration.count(".param")):
+    for index in range(num_parameters(compiled.asm["ptx"])):
         if ask is None or ask(
             *(ctypes.c_void_p(handle), ctypes.c_size_t(index)),
             *(ctypes.byref(offset), ctypes.byref(size)),
