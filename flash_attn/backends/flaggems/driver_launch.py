@@ -2,7 +2,7 @@
 
 Triton's launcher asks the driver whose memory every pointer is, reads every argument anew and calls
 its hooks, of which there usually are none: 27 us of a small call; and a C compiler has to build it
-first, which takes half a second a kernel. Here a kernel's parameters are packed into memory of the
+first, which takes 0.4 s a kernel. Here a kernel's parameters are packed into memory of the
 thread, where the driver finds them: numbers once, addresses at every launch. What they are follows
 from the kernel's signature, and the driver is asked whether it agrees; a kernel of which it does
 not, or which needs more than a plain launch, is left to Triton.
@@ -270,9 +270,11 @@ def _sizes(compiled: Any, handle: int) -> list[int]:
     it does not.
     """
     ask = getattr(_driver(), "cuFuncGetParamInfo", None)
+    if ask is None:
+        return []
     sizes, offset, size = [], ctypes.c_size_t(), ctypes.c_size_t()
     for index in range(num_parameters(compiled.asm["ptx"])):
-        if ask is None or ask(
+        if ask(
             *(ctypes.c_void_p(handle), ctypes.c_size_t(index)),
             *(ctypes.byref(offset), ctypes.byref(size)),
         ):
@@ -312,7 +314,8 @@ class DriverLaunch:
             False, and does nothing, where something wants to be called at every launch.
         """
         runtime = knobs.runtime
-        for hook in (runtime.launch_enter_hook, runtime.launch_exit_hook):  # in few steps
+        # As _is_hooked, in fewer steps.
+        for hook in (runtime.launch_enter_hook, runtime.launch_exit_hook):
             if getattr(hook, "calls", hook):
                 return False
         for place, parameters in self._described:

@@ -145,8 +145,7 @@ class _Compiled:
     """A kernel that Triton has compiled for an NVIDIA GPU.
 
     Attributes:
-        run: Triton's launcher of it, which takes a grid first. Building it takes a C compiler half
-            a second, so that waits until it is used.
+        run: Triton's launcher of it, which takes a grid first, and is built when it is used.
         constants: values of its constexpr parameters, which that takes behind the others.
         function: for the CUDA driver, or None.
     """

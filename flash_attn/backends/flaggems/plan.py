@@ -219,7 +219,7 @@ def plan_forward(call: Call) -> Plan:
         if left >= 0 and right >= 0:
             visible = min(visible, call.seqlen_q + left + right)
         # Two programs share a multiprocessor; but where keys have to be split for each to have one,
-        # one is as fast, and there are fewer parts to put together.
+        # one reads as fast, and there are fewer parts to put together.
         items = call.batch * heads * num_tiles
         units = call.num_units if 2 * items <= call.num_units else 2 * call.num_units
         splits = plan_splits(items, visible, units, tile.block_n)

@@ -99,23 +99,7 @@ def _triton_version() -> str:
         return f"not usable ({error})"
 
 
-def _hash_triton() -> None:
-    """Has Triton hash its own libraries, 400 MB, which it does once a process."""
-    with contextlib.suppress(Exception):  # an older one; or what importing FlagGems will say
-        importlib.import_module("triton.runtime.cache").triton_key()
-
-
 def _load() -> Runtime:
-    # Both take a good part of a second.
-    hashing = threading.Thread(target=_hash_triton, daemon=True)
-    hashing.start()
-    try:
-        return _import()
-    finally:
-        hashing.join()
-
-
-def _import() -> Runtime:
     try:
         flag_gems = importlib.import_module("flag_gems")
     except ImportError as error:

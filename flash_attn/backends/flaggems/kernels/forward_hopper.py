@@ -3,9 +3,8 @@
 The method is FlashAttention-3's (Shah et al., arXiv:2407.08608): one group of warps has the copy
 engine bring keys and values, two others have 64 rows each, and a group's product of scores runs
 while it computes the softmax of the block before. What a group of warps waits for, and where its
-numbers lie, is said here and not found by the compiler. Otherwise as forward.py, whose functions of
-masks and scores it shares, and which serves what this kernel does not: few rows, pages, parts of
-the keys, heads of two pieces.
+numbers lie, is said here and not found by the compiler. Otherwise as forward.py, which serves what
+this kernel does not: few rows, pages, parts of the keys, heads of two pieces.
 
 Keys are walked from the last block to the first, so that the blocks with a mask come first.
 """
