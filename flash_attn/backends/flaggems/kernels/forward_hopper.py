@@ -59,20 +59,20 @@ def _produce(
     BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr,
 ):
-    """Brings the blocks of keys and values, from the last on, as their buffers become free.
+    """Brings the blocks of keys and values, from the last on, as their buffers become free: those
+    of a block's keys and of the values of the block before it at once.
 
     HAS_END: there may be other rows behind the keys, whose values, which may be NaN, are cleared.
     """
     k, v, buffers, batch, head_k, first, num_keys, last, num_blocks = call
-    keys, values, keys_full, keys_free, values_full, values_free, cleared = buffers
+    keys, values, keys_full, values_full, free, cleared = buffers
     for i in range(num_blocks):
         stage = i % STAGES
-        phase = (i // STAGES) & 1
         row = first + (last - i) * BLOCK_N
-        mbarrier.wait(keys_free.index(stage), phase ^ 1)
+        mbarrier.wait(free.index(stage), (i // STAGES + 1) & 1)
         mbarrier.expect(keys_full.index(stage), k.block_type.nbytes)
         bring(k, batch, head_k, row, keys.index(stage), keys_full.index(stage))
-        mbarrier.wait(values_free.index(stage), phase ^ 1)
+        mbarrier.wait(free.index((i + 1) % STAGES), ((i + 1) // STAGES + 1) & 1)
         if HAS_END and i == 0:
             mbarrier.expect(cleared, v.block_type.nbytes)
             bring(v, batch, head_k, row, values.index(0), cleared)
@@ -96,6 +96,15 @@ def _where_seen(x, start, keys_begin, keys_end, HAS_LEFT: gl.constexpr):
 
 
 @gluon.jit
+def _sum_in_threads(p):
+    """(GROUP, 4): a row's sums over the entries that each of its four threads has. What these are
+    for all blocks is put together at the end, so no block waits for other threads.
+    """
+    columns: gl.constexpr = p.shape[1]
+    return gl.sum(gl.sum(gl.reshape(p, [GROUP, columns // 8, 4, 2]), 3), 1)
+
+
+@gluon.jit
 def _probabilities(
     x,
     start,
@@ -114,8 +123,8 @@ def _probabilities(
     HAS_ALIBI: gl.constexpr,
     TRANSFORMED: gl.constexpr,
 ):
-    """Of a block of products x: exp2(score - top), the rows' new top and total, and the factor of
-    what was summed before.
+    """Of a block of products x: exp2(score - top), the rows' new top, the new totals of their
+    threads, and the factor of what was summed before.
     """
     # Scores are by * x + plus, which is computed in the exponent.
     by = 1.0 if TRANSFORMED else scale
@@ -142,7 +151,9 @@ def _probabilities(
     reference = gl.where(new_top == float("-inf"), 0.0, new_top)
     p = gl.exp2(x * by + (plus - reference)[:, None])
     factor = gl.exp2(top - reference)
-    return p, new_top, total * factor + gl.sum(p, 1), factor
+    of_row: gl.constexpr = gl.SliceLayout(1, total.type.layout)
+    total = total * gl.convert_layout(factor, of_row, assert_trivial=True)[:, None]
+    return p, new_top, total + _sum_in_threads(p), factor
 
 
 @gluon.jit
@@ -173,7 +184,7 @@ def _consume(
     BLOCK_N: gl.constexpr = FLAGS[8]
     STAGES: gl.constexpr = FLAGS[9]
     TURNS: gl.constexpr = HAS_ALIBI and D0 > 64
-    keys, values, keys_full, keys_free, values_full, values_free, _ = buffers
+    keys, values, keys_full, values_full, free, _ = buffers
     operands, sizes, blocks, window, numbers, dropout = call
     q, out, lse, q_row_stride, out_row_stride = operands
     num_queries, num_keys = sizes
@@ -200,13 +211,13 @@ def _consume(
     if HAS_RIGHT:
         keys_end = gl.minimum(query + offset + window_right + 1, num_keys)
     top = gl.full([GROUP], float("-inf"), gl.float32, of_row)
-    total = gl.full([GROUP], 0.0, gl.float32, of_row)
     acc = gl.full([GROUP, D0], 0.0, gl.float32, of_out)
     zeros = gl.full([GROUP, BLOCK_N], 0.0, gl.float32, of_scores)
+    total = _sum_in_threads(zeros)
     if num_blocks > 0:
         mbarrier.wait(keys_full.index(0), 0)
         score = warpgroup_mma(queries, keys.index(0).permute((1, 0)), zeros, use_acc=False)
-        mbarrier.arrive(keys_free.index(0))
+        mbarrier.arrive(free.index(0))
         p, top, total, factor = _probabilities(
             score, last * BLOCK_N, top, total, query, offset, keys_begin, keys_end,
             scale, softcap, slope, True, HAS_LEFT, HAS_SOFTCAP, HAS_ALIBI, TRANSFORMED,
@@ -243,7 +254,6 @@ def _consume(
                     if TURNS:
                         mbarrier.arrive(other_turn)
                     score = warpgroup_mma_wait(1, deps=[score])
-                    mbarrier.arrive(keys_free.index(stage))
                     masked = part != 1
                     if not SPLITS and (HAS_LEFT or HAS_RIGHT):
                         masked = (i < num_behind) | (i >= num_until)
@@ -261,12 +271,13 @@ def _consume(
                         pred=i + 1 < num_blocks,
                     )  # fmt: skip
                     acc, operand = warpgroup_mma_wait(0, deps=[acc, operand])
-                    mbarrier.arrive(values_free.index(before))
+                    mbarrier.arrive(free.index(stage))
                     acc = acc * gl.convert_layout(factor, of_out_row)[:, None]
         before = (num_blocks - 1) % STAGES
         mbarrier.wait(values_full.index(before), ((num_blocks - 1) // STAGES) & 1)
         acc = warpgroup_mma(gl.convert_layout(p.to(dtype), of_p), values.index(before), acc)
 
+    total = gl.convert_layout(gl.sum(total, 1), of_row)
     row_lse, factor = finish_rows(top, total, gl.full([GROUP], 0.0, gl.float32, of_row) + sink)
     if HAS_DROPOUT:
         factor *= dropout_scale
@@ -435,23 +446,21 @@ def attention_forward_hopper(
     keys = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, D0], of_keys)
     values = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, D0], of_keys)
     keys_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], of_barriers)
-    keys_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], of_barriers)
     values_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], of_barriers)
-    values_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], of_barriers)
+    free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], of_barriers)
     cleared = gl.allocate_shared_memory(gl.int64, [1], of_barriers)
     turn0 = gl.allocate_shared_memory(gl.int64, [1], of_barriers)
     turn1 = gl.allocate_shared_memory(gl.int64, [1], of_barriers)
     for stage in gl.static_range(STAGES):
         mbarrier.init(keys_full.index(stage), count=1)
-        mbarrier.init(keys_free.index(stage), count=2)
         mbarrier.init(values_full.index(stage), count=1)
-        mbarrier.init(values_free.index(stage), count=2)
+        mbarrier.init(free.index(stage), count=2)
     mbarrier.init(cleared, count=1)
     mbarrier.init(turn0, count=1)
     mbarrier.init(turn1, count=1)
     fence_async_shared()
 
-    buffers = (keys, values, keys_full, keys_free, values_full, values_free, cleared)
+    buffers = (keys, values, keys_full, values_full, free, cleared)
     call = (
         (q, out, lse, q_row_stride * UNIT, out_row_stride),
         (num_queries, num_keys),
@@ -483,9 +492,8 @@ def attention_forward_hopper(
     )
     for stage in gl.static_range(STAGES):
         mbarrier.invalidate(keys_full.index(stage))
-        mbarrier.invalidate(keys_free.index(stage))
         mbarrier.invalidate(values_full.index(stage))
-        mbarrier.invalidate(values_free.index(stage))
+        mbarrier.invalidate(free.index(stage))
     mbarrier.invalidate(cleared)
     mbarrier.invalidate(turn0)
     mbarrier.invalidate(turn1)
