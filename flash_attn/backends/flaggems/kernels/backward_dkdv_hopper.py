@@ -30,8 +30,10 @@ from flash_attn.backends.flaggems.kernels.hopper import (
     UNIT,
     bring,
     clear_rows,
-    dropout_keeps_transposed,
+    draw_transposed,
     exponents,
+    keeps_transposed,
+    layout_of_bits,
     layout_of_product,
     load_tile,
     store_tile,
@@ -39,17 +41,24 @@ from flash_attn.backends.flaggems.kernels.hopper import (
 
 
 @gluon.jit
-def _produce_rows(call, CLEARS: gl.constexpr, BLOCK_M: gl.constexpr, STAGES: gl.constexpr):
+def _produce_rows(
+    call,
+    CLEARS: gl.constexpr,
+    HAS_DROPOUT: gl.constexpr,
+    BLOCK_M: gl.constexpr,
+    STAGES: gl.constexpr,
+):
     """Brings the blocks [begin, end) of Q and dO of all query heads of a group, and what is to be
-    added to their scores and to dP.
+    added to their scores and to dP; draws the numbers of dropout for the keys of each group.
 
     CLEARS: there may be rows that see no key, or are of another sequence; they become 0.
     """
-    q, dout, workspace, workspace_rows, buffers, cleared, place, sizes = call
+    q, dout, workspace, workspace_rows, buffers, cleared, place, sizes, dropout = call
     queries, douts, minus_lses, minus_ds, q_full, dout_full, free = buffers
     batch, first_q, head_k, group_size = place
     row_begin, row_end, begin, end = sizes
-    of_rows: gl.constexpr = gl.BlockedLayout([2], [32], [1], [0])
+    bits, numbers, first_key = dropout
+    of_rows: gl.constexpr = gl.BlockedLayout([2], [32], [gl.num_warps()], [0])
     step = gl.arange(0, BLOCK_M, of_rows)
     workspace += head_k.to(gl.int64) * group_size * 2 * workspace_rows
     n = 0
@@ -80,6 +89,13 @@ def _produce_rows(call, CLEARS: gl.constexpr, BLOCK_M: gl.constexpr, STAGES: gl.
             minus_lses.index(stage).store(gl.load(workspace + start + step))
             minus_ds.index(stage).store(gl.load(workspace + workspace_rows + start + step))
             mbarrier.arrive(q_full.index(stage))
+            if HAS_DROPOUT:
+                for group in gl.static_range(len(bits)):
+                    draw_transposed(
+                        bits[group].index(stage), *numbers, head,
+                        start, first_key + group * GROUP, BLOCK_M,
+                    )  # fmt: skip
+                mbarrier.arrive(full)
             n += 1
         workspace += 2 * workspace_rows
 
@@ -100,16 +116,15 @@ def _consume_rows(
     D0: gl.constexpr = FLAGS[6]
     BLOCK_M: gl.constexpr = FLAGS[7]
     STAGES: gl.constexpr = FLAGS[8]
-    keys, values, tiles_full = tiles
+    keys, values, bits, tiles_full = tiles
     queries, douts, minus_lses, minus_ds, q_full, dout_full, free = buffers
-    operands, place, sizes, window, numbers, alibi, dropout = call
+    operands, place, sizes, window, numbers, alibi = call
     k, v, dk, dv, k_row_stride, v_row_stride, dk_row_stride, dv_row_stride = operands
     batch, head_k, group_size, num_rows, num_k = place
     offset, begin, end = sizes
     window_left, window_right = window
     score_scale, softcap, softmax_scale, dropout_scale = numbers
     slopes, slopes_batch_stride, slopes_head_stride = alibi
-    key0, key1, threshold = dropout
     dtype: gl.constexpr = k.dtype.element_ty
     of_scores: gl.constexpr = layout_of_product(BLOCK_M)
     of_gradient: gl.constexpr = layout_of_product(D0)
@@ -131,6 +146,7 @@ def _consume_rows(
         dk_sum = gl.full([GROUP, D0], 0.0, gl.float32, of_gradient)
     if HAS_DV:
         dv_sum = gl.full([GROUP, D0], 0.0, gl.float32, of_gradient)
+    unscaled = 1.0 / dropout_scale
     n = 0
     for i in range(group_size):
         head = (head_k * group_size + i).to(gl.int64)
@@ -146,8 +162,9 @@ def _consume_rows(
             s = warpgroup_mma(keys, queries.index(stage).permute((1, 0)), s, is_async=True)
             mbarrier.wait(dout_full.index(stage), phase)
             if HAS_DK:
-                minus_d = minus_ds.index(stage).load(of_row)
-                dp, zeros = gl.broadcast(zeros if HAS_DROPOUT else minus_d[None, :], zeros)
+                dp = zeros
+                if not HAS_DROPOUT:
+                    dp, zeros = gl.broadcast(minus_ds.index(stage).load(of_row)[None, :], zeros)
                 dp = warpgroup_mma(values, douts.index(stage).permute((1, 0)), dp, is_async=True)
                 s = warpgroup_mma_wait(1, deps=[s])
             else:
@@ -175,23 +192,21 @@ def _consume_rows(
                         step[None, :] > (key - offset + window_left - start)[:, None], 0.0, p
                     )
             weight = p
+            if HAS_DROPOUT:
+                keeps = keeps_transposed(bits.index(stage), BLOCK_M)
+                weight = gl.where(keeps, p, 0.0)
             if HAS_DK:
                 dp = warpgroup_mma_wait(0, deps=[dp])
-            if HAS_DROPOUT:
-                keeps = dropout_keeps_transposed(
-                    key0, key1, threshold, batch, head, start, first_key, BLOCK_M
-                )
-                if HAS_DV:
-                    weight = gl.where(keeps, p, 0.0)
-                if HAS_DK:
-                    dp = gl.where(keeps, dp, 0.0) * dropout_scale + minus_d[None, :]
+                ds = weight * dp
+                if HAS_DROPOUT:  # its scale comes at the end
+                    minus_d = minus_ds.index(stage).load(of_row) * unscaled
+                    ds += p * minus_d[None, :]
+                if HAS_SOFTCAP:
+                    ds = ds * (1.0 - capped * capped)
             if HAS_DV:
                 weight = gl.convert_layout(weight.to(dtype), of_operand)
                 dv_sum = warpgroup_mma(weight, douts.index(stage), dv_sum, is_async=True)
             if HAS_DK:
-                ds = p * dp
-                if HAS_SOFTCAP:
-                    ds = ds * (1.0 - capped * capped)
                 ds = gl.convert_layout(ds.to(dtype), of_operand)
                 dk_sum = warpgroup_mma(ds, queries.index(stage), dk_sum, is_async=True)
                 dk_sum, ds = warpgroup_mma_wait(0, deps=[dk_sum, ds])
@@ -206,7 +221,7 @@ def _consume_rows(
     if not (HAS_DK and HAS_DV):
         mbarrier.arrive(tiles_full)
     if HAS_DK:
-        dk_sum = gl.where(in_use, dk_sum * softmax_scale, 0.0).to(dtype)
+        dk_sum = gl.where(in_use, dk_sum * (softmax_scale * dropout_scale), 0.0).to(dtype)
         store_tile(dk + skip * dk_row_stride, dk_row_stride, dk_sum, values, rows, HEAD_DIM)
     if HAS_DV:
         dv_sum = gl.where(in_use, dv_sum * dropout_scale, 0.0).to(dtype)
@@ -336,6 +351,17 @@ def backward_dkdv_hopper(
     SHARES: gl.constexpr = BLOCK_N == GROUP
     keys1 = keys0
     values1 = values0
+    bits0 = keys0
+    bits1 = keys0
+    bits = ()
+    if HAS_DROPOUT:
+        shape: gl.constexpr = [STAGES, GROUP // 2, BLOCK_M // 2]
+        bits0 = gl.allocate_shared_memory(gl.uint8, shape, layout_of_bits(BLOCK_M))
+        bits1 = bits0
+        bits = (bits0,)
+        if not SHARES:
+            bits1 = gl.allocate_shared_memory(gl.uint8, shape, layout_of_bits(BLOCK_M))
+            bits = (bits0, bits1)
     if not SHARES:
         keys1 = gl.allocate_shared_memory(dtype, [GROUP, D0], of_keys)
         values1 = gl.allocate_shared_memory(dtype, [GROUP, D0], of_keys)
@@ -350,7 +376,7 @@ def backward_dkdv_hopper(
     tiles_full = gl.allocate_shared_memory(gl.int64, [1], of_barriers)
     for stage in gl.static_range(STAGES):
         mbarrier.init(q_full.index(stage), count=2)  # copies, and numbers
-        mbarrier.init(dout_full.index(stage), count=1)
+        mbarrier.init(dout_full.index(stage), count=2 if HAS_DROPOUT else 1)
         mbarrier.init(free.index(stage), count=2)
     mbarrier.init(cleared, count=1)
     mbarrier.init(tiles_full, count=2)
@@ -367,31 +393,36 @@ def backward_dkdv_hopper(
         (window_left, window_right),
         (score_scale, softcap, softmax_scale, dropout_scale),
         (alibi_slopes, slopes_batch_stride, slopes_head_stride),
-        (key0, key1, dropout_threshold),
     )  # fmt: skip
     bringing = (
         q, dout, workspace, workspace_rows, buffers, cleared,
         (batch_q, first_q.to(gl.int32), head_k.to(gl.int32), group_size),
         (row_begin, row_end, begin, end),
+        (bits, (key0, key1, dropout_threshold, batch), first_key),
     )  # fmt: skip
     FLAGS: gl.constexpr = (
         HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_ALIBI, HAS_DROPOUT, HEAD_DIM, D0, BLOCK_M, STAGES,
     )  # fmt: skip
+    # Who brings also draws, with as many warps as there are registers for.
+    WARPS: gl.constexpr = 1 if not HAS_DROPOUT else 8 if D0 <= 128 else 4
+    REGISTERS: gl.constexpr = (240, 24) if WARPS == 1 else (224, 32) if WARPS == 8 else (232, 40)
+    tiles0 = (keys0, values0, bits0, tiles_full)
+    tiles1 = (keys1, values1, bits1, tiles_full)
     other_key = first_key if SHARES else first_key + GROUP
     gl.warp_specialize(
         [
             (
                 _consume_rows,
-                ((keys0, values0, tiles_full), buffers, call, first_key, True, not SHARES, FLAGS),
+                (tiles0, buffers, call, first_key, True, not SHARES, FLAGS),
             ),
             (
                 _consume_rows,
-                ((keys1, values1, tiles_full), buffers, call, other_key, not SHARES, True, FLAGS),
+                (tiles1, buffers, call, other_key, not SHARES, True, FLAGS),
             ),
-            (_produce_rows, (bringing, CLEARS, BLOCK_M, STAGES)),
+            (_produce_rows, (bringing, CLEARS, HAS_DROPOUT, BLOCK_M, STAGES)),
         ],
-        [4, 1],
-        [240, 24],
+        [4, WARPS],
+        REGISTERS,
     )
     for stage in gl.static_range(STAGES):
         mbarrier.invalidate(q_full.index(stage))
