@@ -84,6 +84,43 @@ def clear_rows(tile, begin, end):
             part.store(gl.where(valid[:, None], part.load(layout), 0.0))
 
 
+# PTX, as Triton has no branches of warps. Whether one of a thread's two factors, or of those of its
+# warp, is not 1:
+_VOTE = gl.constexpr(
+    """{
+    .reg .pred scales;
+    setp.neu.f32 scales, $2, 0f3F800000;
+    setp.neu.or.f32 scales, $3, 0f3F800000, scales;
+    vote.sync.any.pred scales, scales, 0xFFFFFFFF;
+    selp.b32 $0, 1, 0, scales;
+    mov.b32 $1, $0;
+    }"""
+)
+# And if so, 32 entries times their factors (the first of what was voted stands for all):
+_SCALE = gl.constexpr(
+    "{\n.reg .pred scales;\n"
+    + "".join(f"mov.f32 ${i}, ${32 + i};\n" for i in range(32))
+    + "setp.ne.s32 scales, $96, 0;\n@!scales bra DONE;\n"
+    + "".join(f"mul.f32 ${i}, ${i}, ${64 + i};\n" for i in range(32))
+    + "DONE:\n}"
+)
+_SCALE_OPERANDS = gl.constexpr(",".join(["=&f"] * 32 + ["f"] * 64 + ["r"] * 32))
+
+
+@gluon.jit
+def scaled(x, factor):
+    """x * factor[:, None], of an accumulator. A warp whose factors are all 1 does not multiply."""
+    of_row: gl.constexpr = gl.SliceLayout(1, x.type.layout)
+    scales = gl.inline_asm_elementwise(
+        _VOTE, "=&r,=&r,f,f", [factor], dtype=gl.int32, is_pure=True, pack=2
+    )
+    factor = gl.convert_layout(factor, of_row, assert_trivial=True)[:, None]
+    scales = gl.convert_layout(scales, of_row, assert_trivial=True)[:, None]
+    return gl.inline_asm_elementwise(
+        _SCALE, _SCALE_OPERANDS, [x, factor, scales], dtype=gl.float32, is_pure=True, pack=32
+    )
+
+
 @gluon.jit
 def softcap_reciprocal(x):
     """1 / (exp2(x) + 1) of an accumulator (GROUP, columns) of a product, of which tanh is made.
