@@ -9,7 +9,7 @@ from torch import Tensor
 from flash_attn.backends.flaggems import runtime, tiles
 from flash_attn.backends.flaggems.kernels.s_dmask import write_s_dmask
 from flash_attn.backends.flaggems.launch import launch
-from flash_attn.backends.flaggems.plan import Call, Plan, plan_forward
+from flash_attn.backends.flaggems.plan import LEAST_DESCRIBED_KEYS, Call, Plan, plan_forward
 from flash_attn.backends.interface import Options, Sequences
 
 
@@ -53,7 +53,8 @@ def forward(
         return
     seqlen_k = sequences.max_seqlen_k
     if sequences.block_table is None:
-        seqlen_k = min(seqlen_k, k.shape[0])
+        # The kernel is chosen by what the caller says alone: not by how full the batch is.
+        seqlen_k = min(seqlen_k, max(k.shape[0], LEAST_DESCRIBED_KEYS))
     else:
         capacity = cache_capacity(k, sequences.block_table)
         seqlen_k = capacity if sequences.seqused_k is not None else min(seqlen_k, capacity)
