@@ -351,7 +351,7 @@ def backward_dkdv_hopper(
     SHARES: gl.constexpr = BLOCK_N == GROUP
     keys1 = keys0
     values1 = values0
-    bits0 = keys0
+    bits0 = keys0  # nobody reads it without dropout
     bits1 = keys0
     bits = ()
     if HAS_DROPOUT:
@@ -403,7 +403,7 @@ def backward_dkdv_hopper(
     FLAGS: gl.constexpr = (
         HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_ALIBI, HAS_DROPOUT, HEAD_DIM, D0, BLOCK_M, STAGES,
     )  # fmt: skip
-    # Who brings also draws, with as many warps as there are registers for.
+    # Those that bring also draw, with as many warps as there are registers for.
     WARPS: gl.constexpr = 1 if not HAS_DROPOUT else 8 if D0 <= 128 else 4
     REGISTERS: gl.constexpr = (240, 24) if WARPS == 1 else (224, 32) if WARPS == 8 else (232, 40)
     tiles0 = (keys0, values0, bits0, tiles_full)

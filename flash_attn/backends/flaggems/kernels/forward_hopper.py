@@ -42,6 +42,7 @@ from flash_attn.backends.flaggems.kernels.hopper import (
     store_tile,
 )
 
+# By how much scores may exceed the reference of their row, in log2.
 SLACK = gl.constexpr(8.0)
 
 NO_SPECIALISATION = [
