@@ -16,6 +16,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from flash_attn.backends.flaggems.kernels.backward_prepare import ROW_ALIGNMENT
 from flash_attn.backends.flaggems.kernels.backward_tiles import NUMBERS
+from flash_attn.backends.flaggems.kernels.dropout_hopper import (
+    draw_transposed,
+    keeps_transposed,
+    layout_of_bits,
+)
 from flash_attn.backends.flaggems.kernels.gluon_functions import (
     alibi_slope,
     any_seeing_queries,
@@ -30,14 +35,11 @@ from flash_attn.backends.flaggems.kernels.hopper import (
     UNIT,
     bring,
     clear_rows,
-    draw_transposed,
-    exponents,
-    keeps_transposed,
-    layout_of_bits,
     layout_of_product,
     load_tile,
     store_tile,
 )
+from flash_attn.backends.flaggems.kernels.scores_hopper import exponents
 
 
 @gluon.jit
@@ -146,7 +148,7 @@ def _consume_rows(
         dk_sum = gl.full([GROUP, D0], 0.0, gl.float32, of_gradient)
     if HAS_DV:
         dv_sum = gl.full([GROUP, D0], 0.0, gl.float32, of_gradient)
-    unscaled = 1.0 / dropout_scale
+    keep_probability = 1.0 / dropout_scale
     n = 0
     for i in range(group_size):
         head = (head_k * group_size + i).to(gl.int64)
@@ -199,7 +201,7 @@ def _consume_rows(
                 dp = warpgroup_mma_wait(0, deps=[dp])
                 ds = weight * dp
                 if HAS_DROPOUT:  # its scale comes at the end
-                    minus_d = minus_ds.index(stage).load(of_row) * unscaled
+                    minus_d = minus_ds.index(stage).load(of_row) * keep_probability
                     ds += p * minus_d[None, :]
                 if HAS_SOFTCAP:
                     ds = ds * (1.0 - capped * capped)

@@ -16,6 +16,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from flash_attn.backends.flaggems.kernels.backward_prepare import ROW_ALIGNMENT
 from flash_attn.backends.flaggems.kernels.backward_tiles import NUMBERS
+from flash_attn.backends.flaggems.kernels.dropout_hopper import dropout_keeps
 from flash_attn.backends.flaggems.kernels.gluon_functions import (
     alibi_slope,
     all_visible_keys,
@@ -32,12 +33,11 @@ from flash_attn.backends.flaggems.kernels.hopper import (
     UNIT,
     bring,
     clear_rows,
-    dropout_keeps,
-    exponents,
     layout_of_product,
     load_tile,
     store_tile,
 )
+from flash_attn.backends.flaggems.kernels.scores_hopper import exponents
 
 
 @gluon.jit

@@ -19,6 +19,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from flash_attn.backends.flaggems.kernels.common import LOG2E
+from flash_attn.backends.flaggems.kernels.dropout_hopper import dropout_keeps
 from flash_attn.backends.flaggems.kernels.gluon_functions import (
     all_visible_keys,
     any_visible_keys,
@@ -27,23 +28,21 @@ from flash_attn.backends.flaggems.kernels.gluon_functions import (
     finish_rows,
     keys_of_sequence,
     rows_of_sequence,
-    tanh_by_reciprocal,
 )
 from flash_attn.backends.flaggems.kernels.hopper import (
     GROUP,
     UNIT,
     bring,
     clear_rows,
-    dropout_keeps,
     layout_of_product,
     load_tile,
-    scaled,
-    softcap_reciprocal,
     store_tile,
 )
-
-# By how much scores may exceed the reference of their row, in log2.
-SLACK = gl.constexpr(8.0)
+from flash_attn.backends.flaggems.kernels.scores_hopper import (
+    probabilities,
+    scaled_rows,
+    sum_in_threads,
+)
 
 NO_SPECIALISATION = [
     *("q_batch_stride", "q_row_stride", "q_head_stride"),
@@ -87,82 +86,6 @@ def _produce(
         else:
             mbarrier.expect(values_full.index(stage), v.block_type.nbytes)
             bring(v, batch, head_k, row, values.index(stage), values_full.index(stage))
-
-
-@gluon.jit
-def _where_seen(x, start, keys_begin, keys_end, HAS_LEFT: gl.constexpr):
-    """x, -inf where a row does not see the key."""
-    column = gl.arange(0, x.shape[1], gl.SliceLayout(0, x.type.layout))
-    sees = column[None, :] < (keys_end - start)[:, None]
-    if HAS_LEFT:
-        sees = sees & (column[None, :] >= (keys_begin - start)[:, None])
-    return gl.where(sees, x, float("-inf"))
-
-
-@gluon.jit
-def _sum_in_threads(p):
-    """(GROUP, 4): a row's sums over the entries that each of its four threads has. What these are
-    for all blocks is put together at the end, so no block waits for other threads.
-    """
-    columns: gl.constexpr = p.shape[1]
-    return gl.sum(gl.sum(gl.reshape(p, [GROUP, columns // 8, 4, 2]), 3), 1)
-
-
-@gluon.jit
-def _probabilities(
-    x,
-    start,
-    top,
-    total,
-    query,
-    offset,
-    keys_begin,
-    keys_end,
-    scale,
-    softcap,
-    slope,
-    masked,
-    HAS_LEFT: gl.constexpr,
-    HAS_SOFTCAP: gl.constexpr,
-    HAS_ALIBI: gl.constexpr,
-    TRANSFORMED: gl.constexpr,
-    LAZY: gl.constexpr,
-):
-    """Of a block of products x: exp2(score - top), the rows' new top, the new totals of their
-    threads, and the factor of what was summed before.
-
-    The top is the largest score of a row; with LAZY one that no score exceeds by more than SLACK,
-    so that it seldom changes.
-    """
-    # Scores are by * x + plus, which is computed in the exponent.
-    by = 1.0 if TRANSFORMED else scale
-    plus = 0.0
-    if TRANSFORMED:
-        x = x * scale
-    if HAS_SOFTCAP:
-        if masked:  # what is not seen may be NaN
-            x = _where_seen(x, start, keys_begin, keys_end, HAS_LEFT)
-        reciprocal = softcap_reciprocal(x)
-        if HAS_ALIBI or HAS_SOFTCAP == 2:
-            x = softcap * tanh_by_reciprocal(x, reciprocal, HAS_SOFTCAP == 2)
-        else:
-            x = -reciprocal
-            by = 2.0 * softcap
-            plus = softcap
-    if HAS_ALIBI:
-        column = gl.arange(0, x.shape[1], gl.SliceLayout(0, x.type.layout))
-        distance = ((query + offset - start)[:, None] - column[None, :]).to(gl.float32)
-        x = x - slope * gl.abs(distance)
-    if masked:
-        x = _where_seen(x, start, keys_begin, keys_end, HAS_LEFT)
-    highest = gl.max(x, 1) * by + plus
-    new_top = gl.where(highest > top + SLACK, highest, top) if LAZY else gl.maximum(top, highest)
-    reference = gl.where(new_top == float("-inf"), 0.0, new_top)
-    p = gl.exp2(x * by + (plus - reference)[:, None])
-    factor = gl.exp2(top - reference)
-    of_row: gl.constexpr = gl.SliceLayout(1, total.type.layout)
-    total = total * gl.convert_layout(factor, of_row, assert_trivial=True)[:, None]
-    return p, new_top, total + _sum_in_threads(p), factor
 
 
 @gluon.jit
@@ -226,12 +149,12 @@ def _consume(
     top = gl.full([GROUP], float("-inf"), gl.float32, of_row)
     acc = gl.full([GROUP, D0], 0.0, gl.float32, of_out)
     zeros = gl.full([GROUP, BLOCK_N], 0.0, gl.float32, of_scores)
-    total = _sum_in_threads(zeros)
+    total = sum_in_threads(zeros)
     if num_blocks > 0:
         mbarrier.wait(keys_full.index(0), 0)
         score = warpgroup_mma(queries, keys.index(0).permute((1, 0)), zeros, use_acc=False)
         mbarrier.arrive(free.index(0))
-        p, top, total, factor = _probabilities(
+        p, top, total, factor = probabilities(
             score, last * BLOCK_N, top, total, query, offset, keys_begin, keys_end,
             scale, softcap, slope, True, HAS_LEFT, HAS_SOFTCAP, HAS_ALIBI, TRANSFORMED, LAZY,
         )  # fmt: skip
@@ -269,7 +192,7 @@ def _consume(
                     masked = part != 1
                     if not SPLITS and (HAS_LEFT or HAS_RIGHT):
                         masked = (i < num_behind) | (i >= num_until)
-                    p, top, total, factor = _probabilities(
+                    p, top, total, factor = probabilities(
                         score, (last - i) * BLOCK_N, top, total, query, offset,
                         keys_begin, keys_end, scale, softcap, slope,
                         masked, HAS_LEFT, HAS_SOFTCAP, HAS_ALIBI, TRANSFORMED, LAZY,
@@ -285,7 +208,7 @@ def _consume(
                     acc, operand = warpgroup_mma_wait(0, deps=[acc, operand])
                     mbarrier.arrive(free.index(stage))
                     if LAZY:
-                        acc = scaled(acc, factor)
+                        acc = scaled_rows(acc, factor)
                     else:
                         acc = acc * gl.convert_layout(factor, of_out_row)[:, None]
         before = (num_blocks - 1) % STAGES
